@@ -1,0 +1,183 @@
+"""Writing so that a crash leaves the old bytes or the new ones, and reading with a checksum for every block."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import secrets
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pydantic
+
+from lineshaft.base.config import Config
+from lineshaft.base.errors import Corrupt, LineshaftError, StorageFull, StoreError
+
+BLOCK_BYTES = 1 << 20
+"""One CRC32 covers this many bytes: small enough to name the damaged place, large enough to keep manifests short."""
+
+
+class FileRecord(Config):
+    """What a file must look like: size in bytes, SHA-256 of the whole, CRC32 of each block."""
+
+    name: str
+    size: int
+    sha256: str
+    crc32: list[int]
+
+    @pydantic.model_validator(mode="after")
+    def _is_possible(self) -> FileRecord:
+        """A manifest may come from a stranger: it must not make us read outside its folder, or past its own list."""
+        if not is_inside(self.name):
+            raise ValueError(f'"{self.name}" is not a name below the artifact')
+        if self.size < 0 or len(self.crc32) != -(-self.size // BLOCK_BYTES):
+            raise ValueError(f'"{self.name}": {len(self.crc32)} block checksums do not fit {self.size} bytes')
+        return self
+
+
+def is_inside(name: str) -> bool:
+    """Whether `name` is a plain relative path such as `part/a.bin`: no "..", no root, no NUL, written in one way only."""
+    path = PurePosixPath(name)
+    return name == str(path) and name not in ("", ".") and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def record(root: Path, name: str) -> FileRecord:
+    """Read the file once and describe it."""
+    sha, crcs, size = hashlib.sha256(), [], 0
+    for block in _blocks(root / name):
+        sha.update(block)
+        crcs.append(zlib.crc32(block))
+        size += len(block)
+    return FileRecord(name=name, size=size, sha256=sha.hexdigest(), crc32=crcs)
+
+
+def verify(root: Path, expected: FileRecord) -> None:
+    """Read the file once; raises Corrupt that names the file and the first block that differs."""
+    path, sha = root / expected.name, hashlib.sha256()
+    check_size(root, expected)
+    number = 0
+    try:
+        for number, block in enumerate(_blocks(path), start=1):
+            check_block(path, expected, number - 1, block)
+            sha.update(block)
+    except OSError as error:  # such as EIO of a dying disk
+        raise Corrupt(f"{path}: block {number} can't be read: {error.strerror}; restore the artifact from a copy, or delete it and run the stage again") from error
+    if sha.hexdigest() != expected.sha256:
+        raise Corrupt(f"{path}: every block matches its CRC32 but the SHA-256 does not: file and manifest were both changed; restore or rebuild it")
+
+
+def check_block(path: Path, expected: FileRecord, number: int, block: bytes | memoryview) -> None:
+    """Raises Corrupt unless `block` is block `number` of the file described by `expected`."""
+    if number >= len(expected.crc32) or zlib.crc32(block) != expected.crc32[number]:
+        first = number * BLOCK_BYTES
+        raise Corrupt(
+            f"{path}: block {number} (bytes {first} to {first + len(block) - 1}) is damaged: its CRC32 differs from the manifest; "
+            "delete the artifact and run the stage again, or restore it from a copy"
+        )
+
+
+def check_size(root: Path, expected: FileRecord) -> None:
+    """Raises Corrupt when the file is missing, is no plain file inside `root`, or has another size; reads nothing."""
+    path = root / expected.name
+    try:
+        seen = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise Corrupt(f"{path}: the manifest lists it but it is missing, block 0 onwards; delete the artifact and run the stage again") from None
+    if not stat.S_ISREG(seen.st_mode) or not path.resolve().is_relative_to(root.resolve()):
+        raise Corrupt(f"{path}: block 0 is not in this artifact: it is a link to elsewhere or no plain file; delete the artifact and run the stage again")
+    if seen.st_size != expected.size:
+        block = min(seen.st_size, expected.size) // BLOCK_BYTES
+        raise Corrupt(
+            f"{path}: block {block} is cut or grown: {seen.st_size} bytes where the manifest says {expected.size}; "
+            "delete the artifact and run the stage again, or restore it from a copy"
+        )
+
+
+def _blocks(path: Path) -> Iterator[memoryview]:
+    """The blocks of a file, each valid until the next is asked for. All but the last are full, however little one read returns."""
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while filled := _fill(file, buffer):
+            yield buffer[:filled]
+
+
+def _fill(file: io.FileIO, buffer: memoryview) -> int:
+    filled = 0
+    while filled < len(buffer) and (got := file.readinto(buffer[filled:])):
+        filled += got
+    return filled
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal values give equal bytes, so they give equal hashes.
+
+    Raises StoreError for what JSON can't hold: a number that is not finite, or text that is not Unicode.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise StoreError(f"a config, fact or file name can't be stored: {error}; numbers must be finite and text must be valid Unicode") from None
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of `value`, in hex."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`: after a crash it holds the old bytes or the new ones, on disk."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # two threads may write the same path
+    with full_disk_told(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file below `folder`, and the folders themselves, durable."""
+    for here, _, names in os.walk(folder):
+        for name in names:
+            sync_folder(Path(here) / name)
+        sync_folder(Path(here))
+
+
+@contextmanager
+def full_disk_told(path: Path) -> Iterator[None]:
+    """Turn the system's "no space left" into an error that says where, and what to do."""
+    try:
+        yield
+    except LineshaftError:
+        raise
+    except Exception as error:
+        if not _says_full(error):
+            raise
+        raise StorageFull(f"{path}: the disk is full; nothing was kept of this step. Free space, or name another store with --store") from error
+
+
+def _says_full(error: Exception) -> bool:
+    """Whether the system refused to write for lack of room. Rust writers (safetensors, tokenizers) keep the number in the text only."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers)

@@ -1,0 +1,103 @@
+"""The decoder: the one model that is trained, compressed, evaluated and served.
+
+Module and tensor names are those of the Hugging Face checkpoints, so there is nothing to translate between them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lineshaft.model.attend import Attend
+from lineshaft.model.config import GroupedQueryAttention, ModelConfig
+from lineshaft.model.ffn import FeedForward
+from lineshaft.model.gqa import GqaBlock
+from lineshaft.model.linear import Linear
+from lineshaft.model.mla import MlaBlock
+from lineshaft.model.moe import ExpertBlock, Router
+from lineshaft.model.norm import RmsNorm
+from lineshaft.model.rope import Rotation, rotation
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        a = config.attention
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = GqaBlock(config, a) if isinstance(a, GroupedQueryAttention) else MlaBlock(config, a)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: nn.Module
+        if config.moe is not None and config.is_moe_layer(index):
+            self.mlp = ExpertBlock(config.hidden_size, config.moe)
+        else:
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.mlp_bias)
+
+    def forward(self, x_TI: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
+        """[T, hidden] to [T, hidden]."""
+        x_TI = x_TI + self.self_attn(self.index, self.input_layernorm(x_TI), rotate, attend)
+        return x_TI + self.mlp(self.post_attention_layernorm(x_TI))
+
+
+class Trunk(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """Token ids [T] to hidden states [T, hidden]."""
+        rotate = rotation(self.config, positions_T)
+        x_TI = self.embed_tokens(tokens_T)
+        for layer in self.layers:
+            x_TI = layer(x_TI, rotate, attend)
+        return self.norm(x_TI)
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model over one packed row of tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """Next-token logits [T, vocabulary] for int64 token ids and positions [T]."""
+        return self.logits(self.hidden(tokens_T, positions_T, attend))
+
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [T, hidden] after the final norm; take the rows you need before asking for logits."""
+        return self.model(tokens_T, positions_T, attend)
+
+    def logits(self, hidden_RI: Tensor) -> Tensor:
+        """Next-token logits [R, vocabulary] of some hidden states."""
+        return F.linear(hidden_RI, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden_RI)
+
+    def linears(self) -> dict[str, Linear]:
+        """Every linear layer by its name in the checkpoint."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
+
+    def routers(self) -> list[Router]:
+        """The routers of all layers with experts."""
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Fresh weights: normal with the config's standard deviation, norms one, biases zero; equal for equal seeds."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)

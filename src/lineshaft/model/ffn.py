@@ -1,0 +1,22 @@
+"""The feed-forward block: SwiGLU (Shazeer 2020)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lineshaft.model.linear import Linear
+from lineshaft.ops import table as ops
+
+
+class FeedForward(nn.Module):
+    """down(SiLU(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, width: int, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden, width, bias)
+        self.up_proj = Linear(hidden, width, bias)
+        self.down_proj = Linear(width, hidden, bias)
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, hidden] to [T, hidden]."""
+        return self.down_proj(ops.silu_mul(self.gate_proj(x_TI), self.up_proj(x_TI)))

@@ -1,0 +1,35 @@
+"""Grouped-query attention (Ainslie et al. 2023), as Llama, Mistral and Qwen use it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lineshaft.model.attend import Attend, Reach
+from lineshaft.model.config import GroupedQueryAttention, ModelConfig
+from lineshaft.model.linear import Linear
+from lineshaft.model.norm import RmsNorm
+from lineshaft.model.rope import Rotation
+
+
+class GqaBlock(nn.Module):
+    """Projections around whatever `Attend` is handed in."""
+
+    def __init__(self, config: ModelConfig, attention: GroupedQueryAttention) -> None:
+        super().__init__()
+        a, hidden = attention, config.hidden_size
+        self.head_dim = a.head_dim
+        self.reach = Reach(a.head_dim**-0.5, a.sliding_window)
+        self.q_proj = Linear(hidden, a.num_attention_heads * a.head_dim, a.qkv_bias)
+        self.k_proj = Linear(hidden, a.num_key_value_heads * a.head_dim, a.qkv_bias)
+        self.v_proj = Linear(hidden, a.num_key_value_heads * a.head_dim, a.qkv_bias)
+        self.o_proj = Linear(a.num_attention_heads * a.head_dim, hidden, a.output_bias)
+        self.q_norm = RmsNorm(a.head_dim, config.rms_norm_eps) if a.qk_norm else None
+        self.k_norm = RmsNorm(a.head_dim, config.rms_norm_eps) if a.qk_norm else None
+
+    def forward(self, layer: int, x_TI: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
+        """[T, hidden] to [T, hidden]."""
+        q, k, v = (proj(x_TI).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out_THD = attend.gqa(layer, rotate(q), rotate(k), v, self.reach)
+        return self.o_proj(out_THD.flatten(1))

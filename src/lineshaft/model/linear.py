@@ -1,0 +1,53 @@
+"""A linear layer whose weight may be stored in any format. Compression changes the weight, never the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lineshaft.ops.formats import DENSE, Format
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, W in the layer's format.
+
+    The tensors of the format are the module's own parameters or buffers under their checkpoint names (`weight` when
+    dense), so saving and loading need no mapping.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.format: Format = DENSE
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, I] to [T, O]."""
+        return self.format.matmul(x_TI, self.tensors(), self.bias)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that hold the weight."""
+        return {name: getattr(self, name) for name in self.format.tensor_names}
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight [O, I] that the product uses."""
+        return self.format.decode(self.tensors(), dtype)
+
+    def recode(self, fmt: Format) -> None:
+        """Store the weight in another format; what the product computes becomes that format's rounding of it."""
+        self._hold(fmt, fmt.encode(self.dense_weight(torch.float32)))
+
+    def reserve(self, fmt: Format) -> None:
+        """Make room for a weight in this format, to be loaded from a checkpoint."""
+        self._hold(fmt, fmt.empty(self.out_features, self.in_features))
+
+    def _hold(self, fmt: Format, tensors: dict[str, Tensor]) -> None:
+        for name in self.format.tensor_names:
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and fmt == DENSE:
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
+        self.format = fmt

@@ -1,0 +1,21 @@
+"""Root-mean-square normalisation (Zhang and Sennrich 2019)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lineshaft.ops import table as ops
+
+
+class RmsNorm(nn.Module):
+    """Scale the last dimension to unit root mean square, then by a learnt weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as `x`; computed in float32."""
+        return ops.rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,60 @@
+"""A report: what was found out about one checkpoint.
+
+Payload: `report.json` (what does not depend on machine or moment; part of the artifact's digest) and `measured.json`
+(times, speeds, memory; checked on load, not part of the digest). Every metric is in the catalogue.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lineshaft.base.catalogue import metric
+from lineshaft.base.config import Config, load
+from lineshaft.base.store import Artifact, Draft
+
+REPORT_FILE = "report.json"
+MEASURED_FILE = "measured.json"
+
+
+class Report(Config):
+    """Deterministic findings."""
+
+    subject: str
+    """Artifact id of the checkpoint."""
+    format: str
+    """How its weights are stored, in words, such as `int8, one scale a channel`."""
+    metrics: dict[str, float]
+    """Catalogue name to value."""
+    notes: list[str] = []
+    """Sentences that a reader needs to read the numbers right."""
+
+
+class Measured(Config):
+    """Findings that hold for this machine and this moment."""
+
+    metrics: dict[str, float]
+    samples: dict[str, list[float]] = {}
+    """Single observations behind the metrics, such as the latency of each request in seconds."""
+    machine: dict[str, Any] = {}
+
+
+def write_report(draft: Draft, report: Report, measured: Measured) -> None:
+    """Write both files into the draft. A name that is not in the catalogue, or on the wrong side, is a KeyError."""
+    _check(report.metrics, measured=False)
+    _check(measured.metrics, measured=True)
+    (draft.root / REPORT_FILE).write_text(json.dumps(report.model_dump(), indent=1, ensure_ascii=False) + "\n")
+    (draft.root / MEASURED_FILE).write_text(json.dumps(measured.model_dump(), indent=1, ensure_ascii=False) + "\n")
+    draft.aside_files.add(MEASURED_FILE)
+
+
+def read_report(artifact: Artifact) -> tuple[Report, Measured]:
+    """Both halves of a report artifact."""
+    report = load(Report, json.loads(artifact.path(REPORT_FILE).read_text()), where=REPORT_FILE)
+    return report, load(Measured, json.loads(artifact.path(MEASURED_FILE).read_text()), where=MEASURED_FILE)
+
+
+def _check(metrics: dict[str, float], *, measured: bool) -> None:
+    for name in metrics:
+        if metric(name).measured != measured:
+            raise KeyError(f"{name} belongs into {MEASURED_FILE if metric(name).measured else REPORT_FILE}")
