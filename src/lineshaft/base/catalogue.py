@@ -46,17 +46,39 @@ _REPORT = (
     Metric("active_parameters", "Weights that one token uses", "weights"),
     Metric("weights_bytes", "Size of the checkpoint's tensors on disk", "bytes", "lower"),
     Metric("bits_per_weight", "8 * weights_bytes / parameters", "bits", "lower"),
-    Metric("quantised_share_of_fp32", "Bytes of the quantised tensors and their scales over the bytes of the same tensors in FP32", "", "lower"),
+    Metric(
+        "quantised_share_of_fp32", "Bytes of the quantised tensors and their scales over the bytes of the same tensors in FP32", "", "lower"
+    ),
     Metric("kv_bytes_per_token", "Cache bytes that one token of context takes", "bytes", "lower"),
-    Metric("peak_memory_bytes", "Highest resident memory of a fresh process that loads the model and answers", "bytes", "lower", measured=True),
+    Metric(
+        "peak_memory_bytes", "Highest resident memory of a fresh process that loads the model and answers", "bytes", "lower", measured=True
+    ),
     Metric("load_seconds", "From a started process to a model that can answer", "s", "lower", measured=True),
     Metric("prefill_tokens_per_second", "Prompt tokens read in one pass over its time", "tokens/s", "higher", measured=True),
-    Metric("decode_tokens_per_second", "Tokens produced by a single stream over its time after the first token", "tokens/s", "higher", measured=True),
-    Metric("batch_decode_tokens_per_second", "Output tokens of several requests at once over the whole time", "tokens/s", "higher", measured=True),
+    Metric(
+        "decode_tokens_per_second",
+        "Tokens produced by a single stream over its time after the first token",
+        "tokens/s",
+        "higher",
+        measured=True,
+    ),
+    Metric(
+        "batch_decode_tokens_per_second",
+        "Output tokens of several requests at once over the whole time",
+        "tokens/s",
+        "higher",
+        measured=True,
+    ),
     Metric("latency_p50_seconds", "Median time of a whole request", "s", "lower", measured=True),
     Metric("latency_p90_seconds", "Time that 90 % of the requests stayed under", "s", "lower", measured=True),
     Metric("latency_p99_seconds", "Time that 99 % of the requests stayed under", "s", "lower", measured=True),
-    Metric("usd_per_million_tokens", "Price of the machine an hour over output tokens an hour at full batch, per million", "USD", "lower", measured=True),
+    Metric(
+        "usd_per_million_tokens",
+        "Price of the machine an hour over output tokens an hour at full batch, per million",
+        "USD",
+        "lower",
+        measured=True,
+    ),
 )
 
 _SERVER = (
@@ -69,7 +91,15 @@ _SERVER = (
     Metric("vllm:time_to_first_token_seconds", "From arrival to the first token", "s", "lower", "histogram", ("model_name",), _LATENCY),
     Metric("vllm:inter_token_latency_seconds", "From one token to the next", "s", "lower", "histogram", ("model_name",), _LATENCY),
     Metric("vllm:e2e_request_latency_seconds", "From arrival to the last token", "s", "lower", "histogram", ("model_name",), _LATENCY),
-    Metric("vllm:request_queue_time_seconds", "From arrival to the first step that works on it", "s", "lower", "histogram", ("model_name",), _LATENCY),
+    Metric(
+        "vllm:request_queue_time_seconds",
+        "From arrival to the first step that works on it",
+        "s",
+        "lower",
+        "histogram",
+        ("model_name",),
+        _LATENCY,
+    ),
     Metric("lineshaft:http_errors", "Answers with an error status, by status", "responses", "lower", "counter", ("status",)),
 )
 

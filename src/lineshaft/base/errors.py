@@ -119,7 +119,8 @@ class CacheFull(Capacity):
     """A request that can never fit into the cache, even alone."""
 
     def __init__(self, need: int, have: int) -> None:
-        super().__init__(f"the request needs {need} cache pages, the cache has {have}: lower max_tokens or give the engine more cache memory")
+        told = "lower max_tokens or give the engine more cache memory"
+        super().__init__(f"the request needs {need} cache pages, the cache has {have}: {told}")
 
 
 class QueueFull(Capacity):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import secrets
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +24,9 @@ from lineshaft.base.errors import Corrupt, LineshaftError, StorageFull, StoreErr
 
 BLOCK_BYTES = 1 << 20
 """One CRC32 covers this many bytes: small enough to name the damaged place, large enough to keep manifests short."""
+
+REMEDY = "restore the artifact from a copy, or delete it and run the stage again"
+"""What to do about damaged bytes."""
 
 
 class FileRecord(Config):
@@ -50,27 +55,44 @@ def is_inside(name: str) -> bool:
 
 def record(root: Path, name: str) -> FileRecord:
     """Read the file once and describe it."""
-    sha, crcs, size = hashlib.sha256(), [], 0
-    for block in _blocks(root / name):
-        sha.update(block)
-        crcs.append(zlib.crc32(block))
-        size += len(block)
-    return FileRecord(name=name, size=size, sha256=sha.hexdigest(), crc32=crcs)
+    crcs: list[int] = []
+    size, sha256 = _read_through(root / name, lambda _, block: crcs.append(zlib.crc32(block)))
+    return FileRecord(name=name, size=size, sha256=sha256, crc32=crcs)
 
 
 def verify(root: Path, expected: FileRecord) -> None:
     """Read the file once; raises Corrupt that names the file and the first block that differs."""
-    path, sha = root / expected.name, hashlib.sha256()
     check_size(root, expected)
-    number = 0
+    path, read = root / expected.name, 0
+
+    def look(number: int, block: memoryview) -> None:
+        nonlocal read
+        check_block(path, expected, number, block)
+        read += 1
+
     try:
-        for number, block in enumerate(_blocks(path), start=1):
-            check_block(path, expected, number - 1, block)
-            sha.update(block)
+        _, sha256 = _read_through(path, look)
     except OSError as error:  # such as EIO of a dying disk
-        raise Corrupt(f"{path}: block {number} can't be read: {error.strerror}; restore the artifact from a copy, or delete it and run the stage again") from error
-    if sha.hexdigest() != expected.sha256:
-        raise Corrupt(f"{path}: every block matches its CRC32 but the SHA-256 does not: file and manifest were both changed; restore or rebuild it")
+        raise Corrupt(f"{path}: block {read} can't be read: {error.strerror}; {REMEDY}") from error
+    if sha256 != expected.sha256:
+        raise Corrupt(f"{path}: every block matches its CRC32 but the file not its SHA-256: it was changed on purpose; {REMEDY}")
+
+
+def _read_through(path: Path, look: Callable[[int, memoryview], None]) -> tuple[int, str]:
+    """Size and SHA-256 of a file. `look` sees each block while the one before it is hashed on a second thread."""
+    sha, size, hashing = hashlib.sha256(), 0, None
+    buffers = itertools.cycle([memoryview(bytearray(BLOCK_BYTES)) for _ in range(2)])
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as helper:
+        for number, buffer in enumerate(buffers):
+            block = buffer[: _fill(file, buffer)]
+            if not block:
+                break
+            look(number, block)
+            if hashing:
+                hashing.result()  # its buffer is the next to be filled
+            hashing = helper.submit(sha.update, block)
+            size += len(block)
+    return size, sha.hexdigest()
 
 
 def check_block(path: Path, expected: FileRecord, number: int, block: bytes | memoryview) -> None:
@@ -78,8 +100,7 @@ def check_block(path: Path, expected: FileRecord, number: int, block: bytes | me
     if number >= len(expected.crc32) or zlib.crc32(block) != expected.crc32[number]:
         first = number * BLOCK_BYTES
         raise Corrupt(
-            f"{path}: block {number} (bytes {first} to {first + len(block) - 1}) is damaged: its CRC32 differs from the manifest; "
-            "delete the artifact and run the stage again, or restore it from a copy"
+            f"{path}: block {number} (bytes {first} to {first + len(block) - 1}) is damaged: its CRC32 differs from the manifest; {REMEDY}"
         )
 
 
@@ -89,26 +110,16 @@ def check_size(root: Path, expected: FileRecord) -> None:
     try:
         seen = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        raise Corrupt(f"{path}: the manifest lists it but it is missing, block 0 onwards; delete the artifact and run the stage again") from None
+        raise Corrupt(f"{path}: the manifest lists it but it is missing, from block 0 on; {REMEDY}") from None
     if not stat.S_ISREG(seen.st_mode) or not path.resolve().is_relative_to(root.resolve()):
-        raise Corrupt(f"{path}: block 0 is not in this artifact: it is a link to elsewhere or no plain file; delete the artifact and run the stage again")
+        raise Corrupt(f"{path}: block 0 is not in this artifact, the name is a link to elsewhere or no plain file; {REMEDY}")
     if seen.st_size != expected.size:
         block = min(seen.st_size, expected.size) // BLOCK_BYTES
-        raise Corrupt(
-            f"{path}: block {block} is cut or grown: {seen.st_size} bytes where the manifest says {expected.size}; "
-            "delete the artifact and run the stage again, or restore it from a copy"
-        )
-
-
-def _blocks(path: Path) -> Iterator[memoryview]:
-    """The blocks of a file, each valid until the next is asked for. All but the last are full, however little one read returns."""
-    buffer = memoryview(bytearray(BLOCK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while filled := _fill(file, buffer):
-            yield buffer[:filled]
+        raise Corrupt(f"{path}: block {block} is cut or grown: {seen.st_size} bytes where the manifest says {expected.size}; {REMEDY}")
 
 
 def _fill(file: io.FileIO, buffer: memoryview) -> int:
+    """Read until the buffer is full or the file ends, however little one read returns; the number of bytes."""
     filled = 0
     while filled < len(buffer) and (got := file.readinto(buffer[filled:])):
         filled += got
@@ -123,7 +134,8 @@ def canonical(value: Any) -> bytes:
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
-        raise StoreError(f"a config, fact or file name can't be stored: {error}; numbers must be finite and text must be valid Unicode") from None
+        told = "numbers must be finite and text must be valid Unicode"
+        raise StoreError(f"a config, fact or file name can't be stored: {error}; {told}") from None
 
 
 def digest(value: Any) -> str:
@@ -174,7 +186,8 @@ def full_disk_told(path: Path) -> Iterator[None]:
     except Exception as error:
         if not _says_full(error):
             raise
-        raise StorageFull(f"{path}: the disk is full; nothing was kept of this step. Free space, or name another store with --store") from error
+        told = "the disk is full; nothing was kept of this step. Free space, or name another store with --store"
+        raise StorageFull(f"{path}: {told}") from error
 
 
 def _says_full(error: Exception) -> bool:

@@ -15,7 +15,7 @@ import pydantic
 
 from lineshaft.base.config import Config, load
 from lineshaft.base.errors import ConfigError, Corrupt, NotFound, StoreError
-from lineshaft.base.files import FileRecord, canonical, check_size, digest, verify, write_atomic
+from lineshaft.base.files import REMEDY, FileRecord, canonical, check_size, digest, verify, write_atomic
 
 FILE_NAME = "manifest.json"
 Kind = Literal["corpus", "tokenizer", "tokens", "checkpoint", "report", "traffic"]
@@ -95,7 +95,7 @@ def read(root: Path) -> Manifest:
     except FileNotFoundError:
         raise NotFound(f"{root}: no artifact here (it has no {FILE_NAME})") from None
     except OSError as error:
-        raise Corrupt(f"{path}: block 0 can't be read: {error.strerror}; restore the artifact from a copy, or delete it and run the stage again") from error
+        raise Corrupt(f"{path}: block 0 can't be read: {error.strerror}; {REMEDY}") from error
     try:
         content = json.loads(raw)
         if _rendered(content) != raw:  # 1e-05 and 1E-05 are one bit apart and mean the same, so the seal alone would not tell
@@ -106,26 +106,29 @@ def read(root: Path) -> Manifest:
             raise ValueError("its content does not match its seal")
         return load(Manifest, content, where=FILE_NAME)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError, StoreError) as error:
-        raise Corrupt(f"{path}: block 0 is damaged ({error}); delete the artifact and run the stage again, or restore it from a copy") from None
+        raise Corrupt(f"{path}: block 0 is damaged ({error}); {REMEDY}") from None
 
 
 def check_files(root: Path, manifest: Manifest, *, lazy: frozenset[str] = frozenset()) -> None:
-    """Read every file of the artifact against its record; of those in `lazy` only the size (their readers check blocks).
-
-    A file that the manifest does not list is refused too, since readers go by name patterns (`documents-*.parquet`, a
-    checkpoint's `model-*.safetensors`) and would take it for ours. Hidden entries (.nfs0001, .DS_Store) are let be:
-    file systems and desktops drop them anywhere and no reader of ours looks at them.
-    """
-    listed = {item.name for item in (*manifest.files, *manifest.aside_files)} | {FILE_NAME}
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root)
-        if (path.is_symlink() or not path.is_dir()) and name.as_posix() not in listed and not any(part.startswith(".") for part in name.parts):
-            raise Corrupt(f"{path}: the manifest does not list it, no block of it: it was put there later; move it out of the artifact")
-    for item in [*manifest.files, *manifest.aside_files]:
+    """Read every file of the artifact against its record; of those in `lazy` only the size (their readers check blocks)."""
+    listed = [*manifest.files, *manifest.aside_files]
+    for item in listed:
         if item.name in lazy:
             check_size(root, item)
         else:
             verify(root, item)
+    _refuse_unlisted(root, {FILE_NAME, *(item.name for item in listed)})
+
+
+def _refuse_unlisted(root: Path, listed: set[str]) -> None:
+    """Readers go by name patterns (`documents-*.parquet`, `model-*.safetensors`) and would take any such file for ours.
+
+    Hidden entries (.nfs0001, .DS_Store) are let be: systems drop them anywhere, and no reader of ours looks at them.
+    """
+    for path in sorted(root.rglob("*")):
+        name, folder = path.relative_to(root), path.is_dir() and not path.is_symlink()
+        if not folder and name.as_posix() not in listed and not any(part.startswith(".") for part in name.parts):
+            raise Corrupt(f"{path}: no block of it is in the manifest: it was put there later; move it out of the artifact")
 
 
 def content_fields(manifest: Manifest) -> bytes:

@@ -12,8 +12,6 @@ finds the work done. Runs that want different artifacts never meet.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import shutil
 import stat
@@ -26,8 +24,8 @@ from typing import Any, get_args
 
 from lineshaft.base import files, manifest
 from lineshaft.base.errors import ConfigError, Corrupt, NotFound, StoreError
+from lineshaft.base.lock import locked
 from lineshaft.base.manifest import Kind, Manifest
-from lineshaft.base.terminal import say
 
 _ID = re.compile(rf"({'|'.join(get_args(Kind))})-[0-9a-f]{{16}}")
 _REF = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -118,9 +116,10 @@ class Store:
         except NotFound as error:
             if not root.exists():
                 raise
-            raise Corrupt(f"{error}, block 0 of it is gone: delete the folder and run the stage again, or restore it from a copy") from None
+            raise Corrupt(f"{error}: block 0 of it is gone; {files.REMEDY}") from None
         if found.id != root.name:
-            raise Corrupt(f"{root / manifest.FILE_NAME}: block 0 names another artifact, {found.id}: folders were swapped; give each its own name back")
+            told = f"block 0 names another artifact, {found.id}: folders were swapped"
+            raise Corrupt(f"{root / manifest.FILE_NAME}: {told}; give each its own name back")
         return found
 
     def resolve(self, name: str) -> str:
@@ -182,7 +181,7 @@ class Store:
         parent_ids = {role: parent.id for role, parent in (parents or {}).items()}
         key = manifest.key_of(stage, version, config, inputs or {}, parent_ids)
         artifact_id = manifest.id_of(kind, key)
-        with files.full_disk_told(self.root), self._locked(artifact_id):
+        with files.full_disk_told(self.root), locked(self.root / "locks" / artifact_id):
             if ready := self.find(artifact_id):
                 shutil.rmtree(self.root / "work" / artifact_id, ignore_errors=True)  # killed between the rename and the sweeping
                 yield ready
@@ -225,40 +224,6 @@ class Store:
         files.sync_folder(self.root / "artifacts")
         shutil.rmtree(self.root / "work" / artifact_id, ignore_errors=True)
 
-    @contextmanager
-    def _locked(self, artifact_id: str) -> Iterator[None]:
-        """Hold the artifact's lock; the system drops it when the process dies, however it dies."""
-        handle = os.open(self.root / "locks" / artifact_id, os.O_RDWR | os.O_CREAT, 0o644)
-        _held.add(handle)
-        try:
-            _take(handle, artifact_id)
-            yield
-        finally:
-            if handle in _held:  # not in a forked child, which has let go of it
-                _held.remove(handle)
-                os.close(handle)
-
-
-def _take(handle: int, artifact_id: str) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        say(f"{artifact_id}: another run is making it; waiting for that")
-        fcntl.flock(handle, fcntl.LOCK_EX)
-
-
-_held: set[int] = set()
-"""Locks of this process. A forked worker would share them and keep them alive after its parent was killed, so it lets go at birth."""
-
-
-def _let_go() -> None:
-    for handle in _held:
-        os.close(handle)  # the parent's copy keeps the lock
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
 
 def _payload_names(draft: Draft) -> list[str]:
     """Names of the payload's files, sorted. Raises StoreError for what an artifact can't hold."""
@@ -268,7 +233,7 @@ def _payload_names(draft: Draft) -> list[str]:
         if stat.S_ISDIR(mode):
             continue
         if not stat.S_ISREG(mode) or name == manifest.FILE_NAME:
-            raise StoreError(f"{name}: an artifact holds plain files only, and {manifest.FILE_NAME} is written by the store: copy what a link points at")
+            raise StoreError(f"{name}: an artifact holds plain files, no links or devices, and {manifest.FILE_NAME} is the store's own")
         names.append(name)
     if missing := sorted(draft.aside_files.difference(names)):
         raise StoreError(f"{', '.join(missing)}: named in aside_files but not written")

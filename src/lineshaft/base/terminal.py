@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 PLAIN_EVERY_S = 5.0
 """Without a terminal, one line at most this often for each bar."""
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, emoji=False)  # a model's or file's name may hold ":x:"
 
 
 def say(text: str) -> None:
@@ -75,6 +75,7 @@ class _PlainBar:
     def line(self) -> None:
         self.printed = time.monotonic()
         spent = self.printed - self.started
-        left = f", {spent / self.fresh * (self.total - self.done):.0f} s left" if self.total and self.fresh and self.done < self.total else ""
+        to_do = max((self.total or 0) - self.done, 0)
+        left = f", {spent / self.fresh * to_do:.0f} s left" if self.fresh and to_do else ""
         of = f"/{self.total}" if self.total else ""
         print(f"{self.label}: {self.done}{of} {self.note} ({spent:.0f} s{left})", file=sys.stderr, flush=True)

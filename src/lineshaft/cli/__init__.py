@@ -1,1 +1,1 @@
-"""..."""
+"""The command line: thin commands over stages, recipes and the server. Read `main`."""

@@ -78,12 +78,11 @@ class MixtureOfExperts(Config):
         return self
 
 
-class ModelConfig(Config):
-    """A decoder-only language model."""
+class Architecture(Config):
+    """The shape of a decoder-only language model, before a vocabulary is chosen."""
 
     family: Family
     """Names the `model_type` and class under which other tools load the checkpoint."""
-    vocab_size: PositiveInt
     hidden_size: PositiveInt
     num_hidden_layers: PositiveInt
     intermediate_size: PositiveInt
@@ -99,12 +98,9 @@ class ModelConfig(Config):
     """Use the embedding table as the output projection."""
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of fresh weights."""
-    bos_token_id: int | None = None
-    eos_token_ids: list[int] = []
-    """Any of these ends an answer."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> ModelConfig:
+    def _consistent(self) -> Architecture:
         a = self.attention
         if isinstance(a, GroupedQueryAttention):
             if a.num_attention_heads % a.num_key_value_heads:
@@ -132,3 +128,12 @@ class ModelConfig(Config):
     def is_moe_layer(self, layer: int) -> bool:
         """Does this layer choose among experts?"""
         return self.moe is not None and layer >= self.moe.first_k_dense_replace
+
+
+class ModelConfig(Architecture):
+    """A decoder-only language model with its vocabulary."""
+
+    vocab_size: PositiveInt
+    bos_token_id: int | None = None
+    eos_token_ids: list[int] = []
+    """Any of these ends an answer."""

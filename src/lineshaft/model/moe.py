@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,15 +71,26 @@ class ExpertBlock(nn.Module):
         return out if self.shared_experts is None else out + self.shared_experts(x_TI)
 
     def _routed(self, x_TI: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
-        """Sort the (token, expert) pairs by expert, run each expert once over its run, put the results back in place.
-
-        Every gather is a permutation, so its gradient adds nothing up in an order that could change from run to run.
-        """
+        """Sort the (token, expert) pairs by expert, run each expert once over its run, put the results back in place."""
         tokens, top = expert_TK.shape
         order = expert_TK.flatten().argsort(stable=True)
         counts = torch.bincount(expert_TK.flatten(), minlength=len(self.experts)).tolist()
-        sorted_x = x_TI[:, None].expand(-1, top, -1).reshape(tokens * top, -1)[order]
-        runs = zip(self.experts, sorted_x.split(counts), strict=True)
-        sorted_y = torch.cat([expert(run) for expert, run in runs if len(run)])
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return (sorted_y[back].unflatten(0, (tokens, top)) * weight_TK[:, :, None]).sum(1)
+        pairs = x_TI[:, None].expand(-1, top, -1).reshape(tokens * top, -1)
+        runs = zip(self.experts, _Permute.apply(pairs, order, back).split(counts), strict=True)
+        sorted_y = torch.cat([expert(run) for expert, run in runs if len(run)])
+        return (_Permute.apply(sorted_y, back, order).unflatten(0, (tokens, top)) * weight_TK[:, :, None]).sum(1)
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order. Autograd's own gradient would add into rows one by one; a permutation's is the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x[order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return grad[back], None, None

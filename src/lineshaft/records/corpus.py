@@ -5,6 +5,8 @@ Payload: `documents-00000.parquet`, ... with the columns of `Document`.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +14,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lineshaft.base.errors import SourceError
 from lineshaft.base.store import Artifact, Draft
 
 Split = Literal["train", "heldout"]
@@ -20,6 +23,7 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 SCHEMA = pa.schema([("id", pa.string()), ("source", pa.string()), ("split", pa.string()), ("text", pa.string())])
 ROWS_A_GROUP = 4096
 ROWS_A_FILE = 1 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,26 @@ class Document:
 
 
 def write_corpus(draft: Draft, documents: Iterable[Document]) -> None:
-    """Stream documents into the draft's Parquet files, in the order given."""
-    writer: pq.ParquetWriter | None = None
-    rows = 0
-    for group in _groups(documents):
-        if writer is None or rows >= ROWS_A_FILE:
-            if writer:
-                writer.close()
-            number = len(list(draft.root.glob("documents-*.parquet")))
-            writer, rows = pq.ParquetWriter(draft.root / f"documents-{number:05d}.parquet", SCHEMA, compression="zstd"), 0
-        writer.write_table(pa.table({name: [getattr(item, name) for item in group] for name in SCHEMA.names}, schema=SCHEMA))
-        rows += len(group)
-    if writer:
-        writer.close()
+    """Stream documents into the draft's Parquet files, in the order given. Raises SourceError for text that is not Unicode."""
+    groups = _groups(documents)
+    for number in itertools.count():
+        head = next(groups, None)
+        if head is None:
+            return
+        path = draft.root / f"documents-{number:05d}.parquet"
+        with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+            for group in itertools.chain([head], itertools.islice(groups, ROWS_A_FILE // ROWS_A_GROUP - 1)):
+                writer.write_table(_table(group))
+
+
+def _table(group: list[Document]) -> pa.Table:
+    try:
+        return pa.table({name: [getattr(item, name) for item in group] for name in SCHEMA.names}, schema=SCHEMA)
+    except UnicodeEncodeError:
+        bad = next(item for item in group if _SURROGATE.search(item.text + item.source + item.id + item.split))
+        raise SourceError(
+            f"{bad.source!a}: document {bad.id!a} holds half a surrogate pair, which is not text: repair or drop it"
+        ) from None
 
 
 def read_corpus(corpus: Artifact, split: Split | None = None) -> Iterator[Document]:

@@ -42,13 +42,18 @@ class Timing(Config):
 def write_exchanges(draft: Draft, pairs: Iterable[tuple[Exchange, Timing]]) -> None:
     """Write exchanges and their timings into the draft."""
     kept = list(pairs)
-    (draft.root / EXCHANGES_FILE).write_text("".join(json.dumps(item.model_dump(), ensure_ascii=False) + "\n" for item, _ in kept))
-    (draft.root / TIMINGS_FILE).write_text("".join(json.dumps(timing.model_dump()) + "\n" for _, timing in kept))
+    (draft.root / EXCHANGES_FILE).write_bytes(b"".join(_line(item) for item, _ in kept))
+    (draft.root / TIMINGS_FILE).write_bytes(b"".join(_line(timing) for _, timing in kept))
     draft.aside_files.add(TIMINGS_FILE)
 
 
 def read_exchanges(traffic: Artifact) -> Iterator[tuple[Exchange, Timing]]:
     """The exchanges with their timings, in order."""
-    with traffic.path(EXCHANGES_FILE).open() as exchanges, traffic.path(TIMINGS_FILE).open() as timings:
+    with traffic.path(EXCHANGES_FILE).open("rb") as exchanges, traffic.path(TIMINGS_FILE).open("rb") as timings:
         for exchange, timing in zip(exchanges, timings, strict=True):
             yield load(Exchange, json.loads(exchange)), load(Timing, json.loads(timing))
+
+
+def _line(item: Config) -> bytes:
+    text = json.dumps(item.model_dump(), ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace") + b"\n"  # a client may send half a surrogate pair; its escape is valid JSON

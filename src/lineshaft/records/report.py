@@ -7,10 +7,12 @@ Payload: `report.json` (what does not depend on machine or moment; part of the a
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from lineshaft.base.catalogue import metric
 from lineshaft.base.config import Config, load
+from lineshaft.base.errors import StoreError
 from lineshaft.base.store import Artifact, Draft
 
 REPORT_FILE = "report.json"
@@ -40,21 +42,28 @@ class Measured(Config):
 
 
 def write_report(draft: Draft, report: Report, measured: Measured) -> None:
-    """Write both files into the draft. A name that is not in the catalogue, or on the wrong side, is a KeyError."""
+    """Write both files into the draft.
+
+    A name that is not in the catalogue, or on the wrong side, is a KeyError; a value that is not finite is a StoreError,
+    since neither JSON nor a comparison can hold it.
+    """
     _check(report.metrics, measured=False)
     _check(measured.metrics, measured=True)
-    (draft.root / REPORT_FILE).write_text(json.dumps(report.model_dump(), indent=1, ensure_ascii=False) + "\n")
-    (draft.root / MEASURED_FILE).write_text(json.dumps(measured.model_dump(), indent=1, ensure_ascii=False) + "\n")
+    for name, half in ((REPORT_FILE, report), (MEASURED_FILE, measured)):
+        text = json.dumps(half.model_dump(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        (draft.root / name).write_text(text, encoding="utf-8")
     draft.aside_files.add(MEASURED_FILE)
 
 
 def read_report(artifact: Artifact) -> tuple[Report, Measured]:
     """Both halves of a report artifact."""
-    report = load(Report, json.loads(artifact.path(REPORT_FILE).read_text()), where=REPORT_FILE)
-    return report, load(Measured, json.loads(artifact.path(MEASURED_FILE).read_text()), where=MEASURED_FILE)
+    report = load(Report, json.loads(artifact.path(REPORT_FILE).read_bytes()), where=REPORT_FILE)
+    return report, load(Measured, json.loads(artifact.path(MEASURED_FILE).read_bytes()), where=MEASURED_FILE)
 
 
 def _check(metrics: dict[str, float], *, measured: bool) -> None:
-    for name in metrics:
+    for name, value in metrics.items():
         if metric(name).measured != measured:
             raise KeyError(f"{name} belongs into {MEASURED_FILE if metric(name).measured else REPORT_FILE}")
+        if not math.isfinite(value):
+            raise StoreError(f"{name} is {value}: a report holds finite numbers; look at what was measured")

@@ -79,11 +79,14 @@ class TokenStream:
 
     def starts(self) -> Ids:
         """Position of the first token of every document, ascending."""
-        parts = [file.read(0, len(file)) + end - len(shard) for file, shard, end in zip(self._starts, self._shards, self._ends, strict=True)]
+        firsts = [end - len(shard) for end, shard in zip(self._ends, self._shards, strict=True)]
+        parts = [file.read(0, len(file)) + first for file, first in zip(self._starts, firsts, strict=True)]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
-def write_split(draft: Draft, split: Split, documents: Iterable[list[int]], vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> dict[str, int]:
+def write_split(
+    draft: Draft, split: Split, documents: Iterable[list[int]], vocab_size: int, shard_tokens: int = SHARD_TOKENS
+) -> dict[str, int]:
     """Write documents, each a list of ids, as shards of about `shard_tokens`; returns the counts."""
     dtype = np.dtype(dtype_for(vocab_size)).newbyteorder("<")
     counts = {"tokens": 0, "documents": 0}

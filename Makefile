@@ -1,0 +1,33 @@
+# Everything runs in .venv, which these targets make.   make install | demo | test | test-all | lint
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test test-all lint clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,lint]'
+	@touch $@
+
+demo: .venv/.installed
+	$(BIN)/lineshaft run recipes/quickstart.yaml
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: .venv/.installed-test
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv .lineshaft build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

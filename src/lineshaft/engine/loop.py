@@ -1,0 +1,130 @@
+"""The engine: submit requests, call `step` until they are done.
+
+    plan   which tokens run now (sched, no torch)
+    run    the model over them, through the paged cache
+    sample a token for each request that is due one
+    commit the tokens; requests that end leave, their pages are free
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+
+from lineshaft.base.config import Config
+from lineshaft.base.errors import ConfigError, RequestError, TooLong
+from lineshaft.engine.cache import PagedCache, page_bytes
+from lineshaft.engine.runner import Runner
+from lineshaft.engine.sampler import Sampler
+from lineshaft.model.checkpoint import load_checkpoint
+from lineshaft.model.decoder import Decoder
+from lineshaft.sched.pages import PagePool
+from lineshaft.sched.request import Emitted, Request, Sampling
+from lineshaft.sched.scheduler import Scheduler, SchedulerConfig
+
+
+class EngineConfig(Config):
+    """Precision, memory and limits of one engine."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dense weights and cache are held as this; auto: as the checkpoint stores them."""
+    page_tokens: PositiveInt = 16
+    """Tokens in a cache page. Larger pages waste tails; smaller ones cost look-ups."""
+    cache_bytes: PositiveInt = 512 << 20
+    """Most memory for the cache; less is taken when max_batch full contexts need less."""
+    max_context: PositiveInt | None = None
+    """Most tokens of prompt and answer; null: what the model was made for."""
+    scheduler: SchedulerConfig = SchedulerConfig()
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy the engine is now."""
+
+    running: int
+    waiting: int
+    cache_usage: float
+    """Share of pages in use, 0 to 1."""
+
+
+class Engine:
+    """Continuous batching over one model. Not thread-safe: one thread owns it."""
+
+    def __init__(self, model: Decoder, config: EngineConfig) -> None:
+        self.model, self.config = model, config
+        dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        self.context_tokens = min(config.max_context or model.config.max_position_embeddings, model.config.max_position_embeddings)
+        pages = _pages(model, config, self.context_tokens, dtype)
+        self.scheduler = Scheduler(config.scheduler, PagePool(pages), config.page_tokens)
+        self.runner = Runner(model, PagedCache(model.config, pages, config.page_tokens, dtype))
+        self.sampler = Sampler()
+        self._numbers = count(1)
+
+    @classmethod
+    def load(cls, folder: Path, config: EngineConfig) -> Engine:
+        """An engine for the checkpoint in a Hugging Face folder. Raises ModelError for what can't be served."""
+        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        return cls(load_checkpoint(folder, dtype=dtype), config)
+
+    def submit(self, prompt: list[int], sampling: Sampling) -> int:
+        """Queue a prompt; returns the request's number.
+
+        Raises RequestError for a prompt that is empty or holds ids outside the vocabulary, TooLong, CacheFull, QueueFull.
+        """
+        vocabulary = self.model.config.vocab_size
+        if not prompt:
+            raise RequestError("the prompt is empty: it must hold at least one token", "prompt")
+        if bad := [token for token in prompt if not 0 <= token < vocabulary]:
+            raise RequestError(f"token id {bad[0]} is outside the vocabulary of {vocabulary}", "prompt")
+        if len(prompt) + sampling.max_tokens > self.context_tokens:
+            raise TooLong(
+                f"{len(prompt)} prompt tokens and {sampling.max_tokens} to produce exceed the context of {self.context_tokens} tokens: "
+                "shorten the prompt or lower max_tokens",
+                "max_tokens" if len(prompt) < self.context_tokens else "prompt",
+            )
+        ends = frozenset() if sampling.ignore_eos else frozenset(self.model.config.eos_token_ids)
+        request = Request(next(self._numbers), len(prompt), sampling, ends | frozenset(sampling.stop_token_ids), list(prompt))
+        self.scheduler.submit(request)
+        return request.number
+
+    def cancel(self, request: int) -> None:
+        """Forget a request and free its pages now; a number that has ended already is ignored."""
+        self.scheduler.cancel(request)
+        self.sampler.forget(request)
+
+    def step(self) -> list[Emitted]:
+        """Plan, run, sample, commit: the whole engine. [] when there is nothing to do."""
+        plan = self.scheduler.plan()
+        if not plan.chunks:
+            return []
+        logits_RV = self.runner.run(plan)
+        tokens = self.sampler(logits_RV, plan.sampling)
+        emitted = self.scheduler.commit(plan, tokens)
+        for token in emitted:
+            if token.finish is not None:
+                self.sampler.forget(token.request)
+        return emitted
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs and nothing waits."""
+        return not self.scheduler.running and not self.scheduler.waiting
+
+    def load_now(self) -> Load:
+        """How busy it is."""
+        pool = self.scheduler.pool
+        return Load(len(self.scheduler.running), len(self.scheduler.waiting), 1 - pool.free / pool.pages)
+
+
+def _pages(model: Decoder, config: EngineConfig, context: int, dtype: torch.dtype) -> int:
+    """Pages that memory allows, or fewer when that many could never be used at once."""
+    wanted = config.scheduler.max_batch * -(-context // config.page_tokens)
+    affordable = config.cache_bytes // page_bytes(model.config, config.page_tokens, dtype)
+    if affordable < 1:
+        raise ConfigError(f"cache_bytes {config.cache_bytes} is less than one page of {page_bytes(model.config, config.page_tokens, dtype)} bytes")
+    return min(wanted, affordable)

@@ -1,0 +1,106 @@
+"""Speed and memory of a checkpoint, measured in a fresh process so that nothing else is counted.
+
+The parent calls `measure`; the child (`python -m lineshaft.evaluate.speed`) reads a job as JSON from stdin, runs it on
+the engine and writes the result as JSON to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import PositiveInt
+
+from lineshaft.base.config import Config, load
+from lineshaft.base.errors import EngineError
+from lineshaft.base.machine import peak_memory_bytes
+from lineshaft.engine.loop import Engine, EngineConfig
+from lineshaft.sched.request import Sampling
+
+
+class SpeedConfig(Config):
+    """The workload: every request reads `prompt_tokens` of held-out text and produces `output_tokens`."""
+
+    prompt_tokens: PositiveInt = 128
+    output_tokens: PositiveInt = 32
+    requests: PositiveInt = 20
+    """Requests one after another, for latency quantiles and single-stream speed."""
+    batch: PositiveInt = 8
+    """Requests at once, for throughput."""
+
+
+class Job(Config):
+    """What the child process is asked to do."""
+
+    folder: str
+    workload: SpeedConfig
+    engine: EngineConfig
+    prompts: list[list[int]]
+
+
+class Speed(Config):
+    """What the child process measured. Times in seconds."""
+
+    load_seconds: float
+    """Reading and building the model; starting Python is not counted."""
+    peak_memory_bytes: int
+    first_token: list[float]
+    """Of each single request, from submission to its first token."""
+    latency: list[float]
+    """Of each single request, from submission to its last token."""
+    batch_seconds: float
+    threads: int
+
+
+def measure(folder: Path, workload: SpeedConfig, engine: EngineConfig, prompts: list[list[int]]) -> Speed:
+    """Run the workload in a fresh process. Raises EngineError with the child's last words if it fails."""
+    job = Job(folder=str(folder), workload=workload, engine=engine, prompts=prompts)
+    child = subprocess.run(  # noqa: S603 - our own module
+        [sys.executable, "-m", "lineshaft.evaluate.speed"], input=job.model_dump_json(), capture_output=True, text=True, check=False
+    )
+    if child.returncode:
+        raise EngineError(f"measuring {folder} failed: {child.stderr.strip().splitlines()[-1] if child.stderr.strip() else child.returncode}")
+    return load(Speed, json.loads(child.stdout))
+
+
+def quantile(samples: list[float], share: float) -> float:
+    """The sample that `share` of all samples do not exceed (linear between neighbours, as numpy does it)."""
+    return float(np.quantile(samples, share))
+
+
+def _run(job: Job) -> Speed:
+    started = time.perf_counter()
+    engine = Engine.load(Path(job.folder), job.engine)
+    loaded = time.perf_counter() - started
+    sampling = Sampling(max_tokens=job.workload.output_tokens, temperature=0, ignore_eos=True)
+    _answer(engine, job.prompts[:1], sampling)  # first use of every shape; not what a running server shows
+    singles = [_answer(engine, [prompt], sampling) for prompt in job.prompts[: job.workload.requests]]
+    batch = _answer(engine, job.prompts[: job.workload.batch], sampling)
+    return Speed(
+        load_seconds=loaded,
+        peak_memory_bytes=peak_memory_bytes(),
+        first_token=[first for first, _ in singles],
+        latency=[last for _, last in singles],
+        batch_seconds=batch[1],
+        threads=torch.get_num_threads(),
+    )
+
+
+def _answer(engine: Engine, prompts: list[list[int]], sampling: Sampling) -> tuple[float, float]:
+    """Seconds until the first token of any, and until the last token of all."""
+    started, first = time.perf_counter(), 0.0
+    for prompt in prompts:
+        engine.submit(prompt, sampling)
+    while not engine.idle:
+        if engine.step() and not first:
+            first = time.perf_counter() - started
+    return first, time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    sys.stdout.write(_run(load(Job, json.load(sys.stdin))).model_dump_json())

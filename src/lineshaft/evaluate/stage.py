@@ -1,0 +1,130 @@
+"""The evaluation stage: a checkpoint and held-out tokens to a report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from pydantic import Field, PositiveInt
+
+from lineshaft.base.config import Config
+from lineshaft.base.errors import ConfigError
+from lineshaft.base.machine import machine
+from lineshaft.base.stage import Stage
+from lineshaft.base.store import Artifact, Draft
+from lineshaft.engine.loop import EngineConfig
+from lineshaft.evaluate.bigram import Bigram
+from lineshaft.evaluate.quality import HeldOut, Score, score_bigram, score_model
+from lineshaft.evaluate.speed import Speed, SpeedConfig, measure, quantile
+from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32, weights_bytes
+from lineshaft.model.cost import cost_of
+from lineshaft.model.decoder import Decoder
+from lineshaft.records.report import Measured, Report, write_report
+from lineshaft.records.tokens import TokenStream
+from lineshaft.text.tokenizer import Tokenizer
+from lineshaft.train.batches import RowReader
+
+
+class EvaluateConfig(Config):
+    """What is measured, and at what price."""
+
+    sequence_tokens: PositiveInt = 256
+    """Held-out text is read in rows of this many tokens."""
+    max_tokens: PositiveInt = 1_000_000
+    """Most held-out tokens to score."""
+    usd_per_hour: float = Field(0.10, gt=0)
+    """Price of the machine that serves; state yours."""
+    speed: SpeedConfig = SpeedConfig()
+    engine: EngineConfig = EngineConfig()
+
+
+def _settle(config: EvaluateConfig, parents: Mapping[str, Artifact]) -> EvaluateConfig:
+    tokenizer = hashlib.sha256(parents["checkpoint"].path("tokenizer.json").read_bytes()).hexdigest()
+    if parents["tokens"].manifest.facts["tokenizer_sha256"] != tokenizer:
+        raise ConfigError(f"evaluate: {parents['tokens'].id} was made with another tokenizer than {parents['checkpoint'].id} carries")
+    return config
+
+
+def _build(draft: Draft, config: EvaluateConfig) -> None:
+    checkpoint, tokens = draft.parents["checkpoint"], draft.parents["tokens"]
+    model = load_checkpoint(checkpoint.root, dtype=torch.float32)
+    heldout = TokenStream(tokens, "heldout")
+    text = HeldOut(RowReader(heldout, config.sequence_tokens), _bytes_of_token(checkpoint), config.max_tokens)
+    score = score_model(model, text)
+    baseline = score_bigram(Bigram(TokenStream(tokens, "train"), model.config.vocab_size), text)
+    speed = measure(checkpoint.root, config.speed, config.engine, _prompts(heldout, config.speed))
+    quantised = {linear.format.describe() for linear in model.linears().values()} - {"dense"}
+    report = Report(
+        subject=checkpoint.id,
+        format=", ".join(sorted(quantised)) or "dense",
+        metrics=_quality(score, baseline) | _size(model, checkpoint),
+        notes=["Quality is computed with FP32 activations; held-out documents were never trained on."],
+    )
+    metrics, samples = _speed(speed, config)
+    write_report(draft, report, Measured(metrics=metrics, samples=samples, machine=machine() | {"threads": speed.threads}))
+
+
+def _bytes_of_token(checkpoint: Artifact) -> list[int]:
+    return [len(piece) for piece in Tokenizer.load(checkpoint.root).token_bytes()]
+
+
+def _prompts(stream: TokenStream, workload: SpeedConfig) -> list[list[int]]:
+    """Held-out prompts spread over the whole stream, whatever its length."""
+    count, size = max(workload.requests, workload.batch), workload.prompt_tokens
+    if len(stream) < size:
+        raise ConfigError(f"evaluate: the held-out text has {len(stream)} tokens, fewer than speed.prompt_tokens {size}")
+    step = (len(stream) - size) / count
+    return [stream.read(int(i * step), int(i * step) + size).tolist() for i in range(count)]
+
+
+def _quality(score: Score, baseline: Score) -> dict[str, float]:
+    return {
+        "loss_nats_per_token": score.loss,
+        "bits_per_byte": score.bits_per_byte,
+        "perplexity": score.perplexity,
+        "next_token_accuracy": score.accuracy,
+        "heldout_tokens": score.tokens,
+        "bigram_loss_nats_per_token": baseline.loss,
+        "bigram_bits_per_byte": baseline.bits_per_byte,
+        "bits_per_byte_below_bigram": 1 - score.bits_per_byte / baseline.bits_per_byte,
+    }
+
+
+def _size(model: Decoder, checkpoint: Artifact) -> dict[str, float]:
+    cost, size = cost_of(model.config), weights_bytes(checkpoint.root)
+    share = quantised_share_of_fp32(model)
+    return {
+        "parameters": cost.parameters,
+        "active_parameters": cost.active_parameters,
+        "weights_bytes": size,
+        "bits_per_weight": 8 * size / cost.parameters,
+        "kv_bytes_per_token": cost.kv_numbers_per_token * next(model.parameters()).dtype.itemsize,
+    } | ({} if share is None else {"quantised_share_of_fp32": share})
+
+
+def _speed(speed: Speed, config: EvaluateConfig) -> tuple[dict[str, float], dict[str, list[float]]]:
+    workload = config.speed
+    decode = [(workload.output_tokens - 1) / (whole - first) for first, whole in zip(speed.first_token, speed.latency, strict=True)]
+    throughput = workload.batch * workload.output_tokens / speed.batch_seconds
+    metrics = {
+        "peak_memory_bytes": float(speed.peak_memory_bytes),
+        "load_seconds": speed.load_seconds,
+        "prefill_tokens_per_second": workload.prompt_tokens / quantile(speed.first_token, 0.5),
+        "decode_tokens_per_second": quantile(decode, 0.5),
+        "batch_decode_tokens_per_second": throughput,
+        "usd_per_million_tokens": config.usd_per_hour / (throughput * 3600) * 1e6,
+    }
+    latency = {f"latency_p{percent}_seconds": quantile(speed.latency, percent / 100) for percent in (50, 90, 99)}
+    return metrics | latency, {"latency_seconds": speed.latency, "first_token_seconds": speed.first_token}
+
+
+EVALUATE = Stage(
+    name="evaluate",
+    kind="report",
+    version=1,
+    config=EvaluateConfig,
+    build=_build,
+    parents={"checkpoint": "checkpoint", "tokens": "tokens"},
+    settle=_settle,
+)

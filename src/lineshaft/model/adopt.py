@@ -1,0 +1,54 @@
+"""Taking a Hugging Face folder from elsewhere into the store, so that stages can work from it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lineshaft.base.config import Config
+from lineshaft.base.errors import BadCheckpoint
+from lineshaft.base.files import record
+from lineshaft.base.stage import Stage
+from lineshaft.base.store import Draft
+from lineshaft.model.checkpoint import load_checkpoint
+from lineshaft.model.cost import cost_of
+
+_SUFFIXES = {".json", ".safetensors", ".jinja"}
+
+
+class AdoptConfig(Config):
+    """Where the checkpoint lies."""
+
+    folder: str
+    """A Hugging Face folder: config.json, safetensors, tokenizer.json."""
+
+
+def _files(config: AdoptConfig) -> list[Path]:
+    folder = Path(config.folder)
+    if not (folder / "config.json").is_file():
+        raise BadCheckpoint(f"{folder}: no config.json here; a checkpoint is a Hugging Face folder with config.json and safetensors")
+    return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+
+
+def _inputs(config: AdoptConfig) -> dict[str, str]:
+    return {path.name: record(path.parent, path.name).sha256 for path in _files(config)}
+
+
+def _build(draft: Draft, config: AdoptConfig) -> None:
+    for path in _files(config):
+        shutil.copyfile(path, draft.root / path.name)
+    model = load_checkpoint(draft.root)
+    cost = cost_of(model.config)
+    formats = sorted({linear.format.describe() for linear in model.linears().values()})
+    draft.facts |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters, "format": ", ".join(formats)}
+
+
+ADOPT = Stage(
+    name="adopt",
+    kind="checkpoint",
+    version=1,
+    config=AdoptConfig,
+    build=_build,
+    inputs=_inputs,
+    unkeyed=frozenset({"folder"}),
+)

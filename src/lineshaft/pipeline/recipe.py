@@ -1,0 +1,85 @@
+"""What a recipe file may say: one section for each stage, each section the stage's own config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lineshaft.base.config import Config, Table, flatten, load, merge, nest, parse_assignment, read_yaml
+from lineshaft.base.errors import ConfigError
+from lineshaft.compress.stage import CompressConfig
+from lineshaft.data.ingest import IngestConfig
+from lineshaft.data.tokenizer import TokenizerConfig
+from lineshaft.data.tokens import TokenizeConfig
+from lineshaft.evaluate.stage import EvaluateConfig
+from lineshaft.serve.ask import AnswerConfig
+from lineshaft.train.stage import TrainConfig
+
+
+class Recipe(Config):
+    """The whole line, from raw text to an answering service. A section that is null leaves its stage out."""
+
+    name: str
+    """Names the report and the reference under which the finished checkpoint can be served."""
+    data: IngestConfig = IngestConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokens: TokenizeConfig = TokenizeConfig()
+    train: TrainConfig = TrainConfig()
+    compress: CompressConfig | None = None
+    """Leave it out to keep the checkpoint as it was trained."""
+    evaluate: EvaluateConfig | None = EvaluateConfig()
+    serve: AnswerConfig | None = None
+    """One question to the served model at the end."""
+
+
+@dataclass(frozen=True)
+class Sourced:
+    """A recipe, and where each of its values came from."""
+
+    recipe: Recipe
+    origin: Mapping[str, str]
+    """Dotted path of every value to "default", the recipe's file name, or "--set"."""
+
+
+def read_recipe(path: Path, assignments: Sequence[str] = ()) -> Sourced:
+    """Read a recipe file and lay `a.b=value` assignments over it. Raises ConfigError for all that is wrong with either."""
+    try:
+        table = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read: {error}") from None
+    table.setdefault("name", path.stem)
+    defaults = Recipe(name=path.stem).model_dump()
+    set_paths: dict[str, Any] = {}
+    for text in assignments:
+        dotted, value = parse_assignment(text)
+        table = assign(table, defaults, dotted, value)
+        set_paths |= dict(flatten(nest(dotted, value)))
+    recipe = load(Recipe, table)
+    written = dict(flatten(read_yaml(path.read_text(encoding="utf-8"), str(path))))
+    return Sourced(recipe, {place: _origin(place, set_paths, written, path) for place, _ in flatten(recipe.model_dump())})
+
+
+def assign(table: Table, defaults: Mapping[str, Any], dotted: str, value: Any) -> Table:
+    """`table` with one value set. A section that the table does not mention starts from its defaults, not from nothing."""
+    parts = dotted.split(".")
+    for depth in range(1, len(parts)):
+        section, default = _at(table, parts[:depth]), _at(defaults, parts[:depth])
+        if section is None and isinstance(default, Mapping):
+            table = merge(table, nest(".".join(parts[:depth]), default))
+    return merge(table, nest(dotted, value))
+
+
+def _at(table: Mapping[str, Any], parts: list[str]) -> Any:
+    here: Any = table
+    for part in parts:
+        here = here.get(part) if isinstance(here, Mapping) else None
+    return here
+
+
+def _origin(place: str, set_paths: Mapping[str, Any], written: Mapping[str, Any], path: Path) -> str:
+    for origin, places in (("--set", set_paths), (path.name, written)):
+        if any(place == known or place.startswith(f"{known}.") for known in places):
+            return origin
+    return "default"

@@ -1,0 +1,75 @@
+"""Training batches: rows cut from the token stream in an order that seed and position alone decide.
+
+Batch number n can be made without making those before it, so a run that was killed goes on exactly where it stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lineshaft.base.errors import TrainingError
+from lineshaft.records.tokens import TokenStream
+
+IGNORE = -100
+"""Target of a position that predicts nothing: the end of a document does not foretell the next one."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of documents packed into one row of T tokens."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    """Distance from the start of the document, or of the part of it that lies in this row."""
+    targets_T: Tensor
+    """The next token, or IGNORE."""
+    starts_D: Tensor
+    """Index of the first token of each document part."""
+    row: int
+    """No document part crosses a multiple of this."""
+
+
+class RowReader:
+    """Rows of `row` tokens and their targets from one stream; row r begins at token r * row."""
+
+    def __init__(self, stream: TokenStream, row: int) -> None:
+        if len(stream) <= row:
+            raise TrainingError(f"the text has {len(stream)} tokens, fewer than one row of {row}: give more text or a smaller sequence_tokens")
+        self.stream, self.row = stream, row
+        self.rows = (len(stream) - 1) // row
+        self._starts = stream.starts()
+
+    def batch(self, rows: npt.NDArray[np.int64]) -> Batch:
+        """These rows as one packed batch."""
+        tokens = np.stack([self.stream.read(r * self.row, (r + 1) * self.row + 1) for r in rows])
+        begins = np.zeros((len(rows), self.row + 1), bool)
+        for line, r in zip(begins, rows, strict=True):
+            first, last = np.searchsorted(self._starts, [r * self.row, (r + 1) * self.row + 1])
+            line[self._starts[first:last] - r * self.row] = True
+        targets = np.where(begins[:, 1:], IGNORE, tokens[:, 1:])
+        begins[:, 0] = True
+        starts = np.flatnonzero(begins[:, :-1])
+        lengths = np.diff(starts, append=len(rows) * self.row)
+        positions = np.arange(len(rows) * self.row) - np.repeat(starts, lengths)
+        flat = (tokens[:, :-1].reshape(-1), positions, targets.reshape(-1), starts)
+        return Batch(*(torch.from_numpy(np.ascontiguousarray(part)) for part in flat), row=self.row)
+
+
+class ShuffledRows:
+    """An endless sequence of rows: each epoch is a fresh permutation of all rows, drawn from seed and epoch."""
+
+    def __init__(self, reader: RowReader, rows_a_batch: int, seed: int) -> None:
+        self.reader, self.rows_a_batch, self.seed = reader, rows_a_batch, seed
+        self._epoch = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(reader.rows))
+
+    def __getitem__(self, number: int) -> Batch:
+        """Batch `number`, counted from 0 over all epochs."""
+        first = number * self.rows_a_batch
+        places = [divmod(place, self.reader.rows) for place in range(first, first + self.rows_a_batch)]
+        return self.reader.batch(np.array([self._epoch(epoch)[place] for epoch, place in places]))

@@ -1,0 +1,96 @@
+"""The training stage: tokens to a checkpoint, from fresh weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import PositiveInt
+
+from lineshaft.base.config import Config
+from lineshaft.base.errors import ConfigError
+from lineshaft.base.stage import Stage
+from lineshaft.base.store import Artifact, Draft
+from lineshaft.model.checkpoint import save_checkpoint
+from lineshaft.model.config import Architecture, LatentAttention, MixtureOfExperts, ModelConfig
+from lineshaft.model.cost import cost_of
+from lineshaft.model.decoder import Decoder
+from lineshaft.records.tokens import TokenStream
+from lineshaft.train import loop
+from lineshaft.train.batches import RowReader, ShuffledRows
+from lineshaft.train.loop import LoopConfig
+from lineshaft.train.objective import NextToken
+
+HISTORY_FILE = "history.jsonl"
+
+SMALL_DEEPSEEK = Architecture(
+    family="deepseek_v3",
+    hidden_size=256,
+    num_hidden_layers=4,
+    intermediate_size=512,
+    max_position_embeddings=1024,
+    attention=LatentAttention(num_attention_heads=4, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=48),
+    moe=MixtureOfExperts(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, first_k_dense_replace=1),
+)
+"""A DeepSeek-V3 shape that two cores train in minutes."""
+
+
+class TrainConfig(Config):
+    """Pre-training from fresh weights."""
+
+    model: Architecture = SMALL_DEEPSEEK
+    """Shape of the model; the vocabulary comes from the tokenizer."""
+    seed: int = 1
+    """Decides fresh weights and the order of the text."""
+    sequence_tokens: PositiveInt = 256
+    """Tokens in a row; documents are packed into rows and never see each other."""
+    rows: PositiveInt = 8
+    """Rows in a batch."""
+    loop: LoopConfig = LoopConfig()
+
+
+def _settle(config: TrainConfig, parents: Mapping[str, Artifact]) -> TrainConfig:
+    tokens, tokenizer = parents["tokens"], parents["tokenizer"]
+    if tokens.manifest.parents["tokenizer"] != tokenizer.id:
+        raise ConfigError(f"train: {tokens.id} was made with {tokens.manifest.parents['tokenizer']}, not with {tokenizer.id}")
+    if config.sequence_tokens > config.model.max_position_embeddings:
+        raise ConfigError(f"train: sequence_tokens {config.sequence_tokens} exceeds the model's max_position_embeddings")
+    if config.loop.precision != "auto":
+        return config
+    return config.model_copy(update={"loop": config.loop.model_copy(update={"precision": loop.native_precision()})})
+
+
+def _build(draft: Draft, config: TrainConfig) -> None:
+    tokens, tokenizer = draft.parents["tokens"], draft.parents["tokenizer"]
+    facts = tokens.manifest.facts
+    vocabulary = {"vocab_size": facts["vocab_size"], "bos_token_id": facts["bos_id"], "eos_token_ids": [facts["eos_id"]]}
+    model_config = ModelConfig.model_validate(config.model.model_dump() | vocabulary)
+    model = Decoder(model_config)
+    model.initialise(config.seed)
+    batches = ShuffledRows(RowReader(TokenStream(tokens, "train"), config.sequence_tokens), config.rows, config.seed)
+    trained = loop.run(model, batches, NextToken(), config.loop, draft.scratch)
+    save_checkpoint(model, draft.root, tokenizer.root)
+    _write_history(draft.root, trained.history)
+    cost = cost_of(model_config)
+    draft.facts |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters, "format": "dense"}
+    draft.facts |= {"tokens": trained.tokens, "epochs": trained.tokens / facts["train"]["tokens"], "final_loss": trained.history[-1]["loss"]}
+    draft.aside |= {"train_seconds": trained.seconds, "threads": torch.get_num_threads()}
+    if trained.fresh_tokens:
+        draft.aside["tokens_per_second"] = trained.fresh_tokens / trained.seconds
+
+
+def _write_history(folder: Path, history: list[dict[str, float]]) -> None:
+    (folder / HISTORY_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in history))
+
+
+PRETRAIN = Stage(
+    name="train",
+    kind="checkpoint",
+    version=1,
+    config=TrainConfig,
+    build=_build,
+    parents={"tokens": "tokens", "tokenizer": "tokenizer"},
+    settle=_settle,
+)

@@ -1,0 +1,80 @@
+"""What a run needs to go on after it was killed: weights, optimiser moments, step, history. No pickle.
+
+    <folder>/step-00000100/    state.safetensors, state.json, manifest (file hashes), written aside and renamed into place
+
+The newest complete state is used; a damaged one is named on the terminal and the one before it is used instead: training
+is deterministic, so that costs time and changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lineshaft.base import files
+from lineshaft.base.config import load
+from lineshaft.base.errors import LineshaftError
+from lineshaft.base.terminal import say
+from lineshaft.model.decoder import Decoder
+
+KEEP = 2
+"""States kept: the newest, and one to fall back on."""
+
+History = list[dict[str, float]]
+
+
+def save(folder: Path, step: int, model: Decoder, optimiser: torch.optim.AdamW, history: History) -> None:
+    """Write the state after `step` steps; a crash at any moment leaves the earlier states usable."""
+    draft, final = folder / f".step-{step:08d}.part", folder / f"step-{step:08d}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    with files.full_disk_told(folder):
+        save_file(_tensors(model, optimiser), draft / "state.safetensors")
+        (draft / "state.json").write_text(json.dumps({"step": step, "history": history}))
+        records = [files.record(draft, name).model_dump() for name in ("state.safetensors", "state.json")]
+        files.sync_tree(draft)
+        files.write_atomic(draft / "files.json", json.dumps(records).encode())
+        draft.rename(final)
+        files.sync_folder(folder)
+    for old in _complete(folder)[:-KEEP]:
+        shutil.rmtree(old)
+
+
+def restore(folder: Path, model: Decoder, optimiser: torch.optim.AdamW) -> tuple[int, History]:
+    """Load the newest undamaged state into model and optimiser; (steps done, history), or (0, []) when there is none."""
+    for state in reversed(_complete(folder)):
+        try:
+            for item in json.loads((state / "files.json").read_text()):
+                files.verify(state, load(files.FileRecord, item))
+        except (LineshaftError, ValueError, OSError) as error:
+            say(f"resume: {state.name} is damaged, going back to the one before: {error}")
+            continue
+        about = json.loads((state / "state.json").read_text())
+        _put_back(load_file(state / "state.safetensors"), int(about["step"]), model, optimiser)
+        return int(about["step"]), about["history"]
+    return 0, []
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
+
+
+def _tensors(model: Decoder, optimiser: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    moments: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        state = optimiser.state[parameter]
+        moments |= {f"first_moment.{name}": state["exp_avg"], f"second_moment.{name}": state["exp_avg_sq"]}
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()} | moments
+
+
+def _put_back(tensors: dict[str, torch.Tensor], step: int, model: Decoder, optimiser: torch.optim.AdamW) -> None:
+    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
+    for name, parameter in model.named_parameters():
+        state: dict[str, Any] = {"step": torch.tensor(float(step))}
+        state["exp_avg"], state["exp_avg_sq"] = tensors[f"first_moment.{name}"], tensors[f"second_moment.{name}"]
+        optimiser.state[parameter] = state

@@ -1,0 +1,37 @@
+"""What the whole suite shares: one hypothesis profile, and small artifacts to work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from lineshaft.base.store import Artifact, Store
+
+settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
+
+
+def _make(store: Store, files: Mapping[str, bytes], kind: Any = "corpus", **ask: Any) -> Artifact:
+    with store.draft(kind, **{"stage": "write", "version": 1, "config": {"text": "hello"}, **ask}) as draft:
+        if isinstance(draft, Artifact):
+            return draft
+        for name, content in files.items():
+            path = draft.root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            if name.startswith("aside/"):
+                draft.aside_files.add(name)
+        draft.facts["files"] = len(files)
+        made = draft.root.parent.name
+    found = store.find(made)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
+def make() -> Callable[..., Artifact]:
+    """make(store, {name: bytes}, kind=..., stage=..., ...): an artifact; files named aside/... stay out of the digest."""
+    return _make

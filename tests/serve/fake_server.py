@@ -1,0 +1,24 @@
+"""A server process around a fake engine: `fake_server.py STEP_SECONDS DRAIN_SECONDS`, or `fake_server.py broken`."""
+
+import sys
+
+from fake_engine import FakeEngine, tokenizer
+
+from lineshaft.base.errors import BadCheckpoint, LineshaftError
+from lineshaft.serve.server import ServeConfig, serve_until_stopped
+from lineshaft.serve.worker import Served
+
+
+def load():
+    if sys.argv[1] == "broken":
+        raise BadCheckpoint("no weights here")
+    return Served(FakeEngine(step_seconds=float(sys.argv[1])), tokenizer())
+
+
+if __name__ == "__main__":
+    drain = 5.0 if len(sys.argv) < 3 else float(sys.argv[2])
+    try:
+        serve_until_stopped(load, "fake-1", ServeConfig(port=0, drain_seconds=drain), on_listening=lambda port: print(port, flush=True))
+    except LineshaftError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
