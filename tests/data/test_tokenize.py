@@ -31,8 +31,9 @@ def test_shard_borders_do_not_show(tmp_path: Path, tokens, corpus, tokenizer):
         assert np.array_equal(cut.read(first, first + 300), whole.read(first, first + 300))
 
 
-def test_the_facts_hold(tokens, corpus):
+def test_the_facts_hold(tokens, corpus, tokenizer):
     facts = tokens.manifest.facts
+    assert facts["tokenizer_sha256"] == next(item.sha256 for item in tokenizer.manifest.files if item.name == "tokenizer.json")
     assert (facts["dtype"], facts["vocab_size"], facts["bos_id"], facts["eos_id"]) == ("uint16", 400, 0, 1)
     for split in SPLITS:
         counts = corpus.manifest.facts["splits"][split]

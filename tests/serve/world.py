@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +21,9 @@ MODEL = "fake-1"
 
 def until(condition):
     """Look again and again until it is so."""
+    deadline = time.monotonic() + 15
     while not condition():
+        assert time.monotonic() < deadline
         threading.Event().wait(0.005)  # lets the other threads run
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import sys
@@ -14,25 +15,42 @@ from rich.console import Console
 from lineshaft.base.config import flatten
 from lineshaft.base.errors import LineshaftError
 from lineshaft.base.store import Store
+from lineshaft.base.terminal import say
 from lineshaft.cli import serving, showing
+from lineshaft.cli.options import DEFAULT_STORE, JsonOption, SetOption, StoreOption
 from lineshaft.cli.stages import add_stage_commands
 from lineshaft.pipeline.recipe import Recipe, Sourced, read_recipe
 from lineshaft.pipeline.run import run as run_recipe
 from lineshaft.pipeline.run import write_report
 from lineshaft.pipeline.summary import print_summary, summary_json
 
-StoreOption = Annotated[Path, typer.Option("--store", envvar="LINESHAFT_STORE", help="Folder that holds the artifacts.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Set one value; may be repeated.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
-app = typer.Typer(help="A language model from raw documents to an answering service.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"lineshaft {importlib.metadata.version('lineshaft')}")
+        raise typer.Exit
+
+
+@app.callback()
+def lineshaft(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """A language model's whole life, from raw documents to an answering service.
+
+    Begin with: lineshaft run recipes/quickstart.yaml
+    """
 
 
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe file, such as recipes/quickstart.yaml.")],
     assignments: SetOption = None,
-    store: StoreOption = Path(".lineshaft"),
+    store: StoreOption = DEFAULT_STORE,
     explain: Annotated[bool, typer.Option("--explain", help="Print every value and where it came from; run nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -46,8 +64,10 @@ def run(
     page = write_report(kept, sourced.recipe, outcome)
     if as_json:
         print(json.dumps(summary_json(outcome) | {"page": str(page)}, ensure_ascii=False))
-    else:
-        print_summary(outcome, Console(), page=page)
+        return
+    print_summary(outcome, Console(), page=page)
+    where = "" if store == DEFAULT_STORE else f" --store {store}"
+    say(f"serve it with: lineshaft serve {sourced.recipe.name}{where}")
 
 
 def _explain(sourced: Sourced, as_json: bool) -> None:
@@ -61,7 +81,7 @@ def _explain(sourced: Sourced, as_json: bool) -> None:
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of recipe files."""
+    """Print the JSON Schema of recipe files, for editors and checks."""
     print(json.dumps(Recipe.model_json_schema(), indent=1, ensure_ascii=False))
 
 
@@ -74,13 +94,20 @@ add_stage_commands(app)
 def main() -> None:
     """Entry point. Our errors end with their message and code; anything else is a defect of ours and shows its traceback."""
     try:
-        app(prog_name="lineshaft")
+        try:
+            app(prog_name="lineshaft")
+        finally:
+            sys.stdout.flush()  # here and not at the interpreter's end, where nobody could catch what goes wrong
     except LineshaftError as error:
-        print(f"lineshaft: {error}", file=sys.stderr)
+        say(f"lineshaft: {error}")
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            say("lineshaft: stopped; what was finished is kept, and the same command goes on from there")
+        raise
 
 
 if __name__ == "__main__":

@@ -8,36 +8,50 @@ from typing import Annotated
 import typer
 
 from lineshaft.base.config import Table, load, merge, nest, parse_assignment
-from lineshaft.base.errors import NotFound
+from lineshaft.base.errors import ConfigError, NotFound
 from lineshaft.base.store import Store
+from lineshaft.cli.options import DEFAULT_STORE, StoreOption
 from lineshaft.engine.loop import EngineConfig
 from lineshaft.serve.server import ServeConfig, run_server
+
+SECTIONS = ("server", "engine")
 
 
 def serve(
     path: Annotated[str, typer.Argument(help="A checkpoint: reference, artifact id, or a Hugging Face folder.")],
     host: Annotated[str, typer.Option(help="Address to listen on; anything but loopback opens the service to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = 8000,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-    store: Annotated[Path, typer.Option("--store", envvar="LINESHAFT_STORE", help="Folder that holds the artifacts.")] = Path(".lineshaft"),
+    dtype: Annotated[str, typer.Option(help="Arithmetic: auto (as stored), float32 or bfloat16.")] = "auto",
+    store: StoreOption = DEFAULT_STORE,
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="server.max_waiting=10, engine.cache_bytes=1000000000, ...")
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=VALUE", help="Set one value of server or engine, such as engine.cache_bytes=1000000000."),
     ] = None,
 ) -> None:
-    """Serve a checkpoint over an OpenAI-compatible API."""
+    """Serve a checkpoint over an OpenAI-compatible API, until Ctrl-C."""
     table: Table = {"server": {"host": host, "port": port}, "engine": {"dtype": dtype}}
     for text in assignments or []:
         table = merge(table, nest(*parse_assignment(text)))
-    server, engine = load(ServeConfig, table.pop("server"), "server"), load(EngineConfig, table.pop("engine"), "engine")
-    folder = checkpoint_folder(path, store)
-    run_server(folder, path if folder != Path(path) else folder.resolve().name, server, engine)
+    if unknown := sorted(table.keys() - set(SECTIONS)):
+        raise ConfigError(f'--set "{unknown[0]}": unknown; begin with {" or ".join(f"{section}." for section in SECTIONS)}')
+    server, engine = load(ServeConfig, table["server"], "server"), load(EngineConfig, table["engine"], "engine")
+    folder, name = checkpoint_folder(path, store)
+    run_server(folder, name, server, engine)
 
 
-def checkpoint_folder(path: str, store: Path) -> Path:
-    """The folder behind a reference, an artifact id, or a path. Raises NotFound."""
-    if (Path(path) / "config.json").is_file():
-        return Path(path)
+def checkpoint_folder(path: str, store: Path) -> tuple[Path, str]:
+    """The folder behind a path, a reference or an artifact id, and the name to serve it under.
+
+    Every byte of an artifact is checked. Raises NotFound, Corrupt, or ConfigError for an artifact that is no checkpoint.
+    """
+    folder = Path(path)
+    if (folder / "config.json").is_file():
+        return folder, folder.resolve().name
+    if folder.is_dir():
+        raise NotFound(f"{folder}: no config.json here; a checkpoint is a Hugging Face folder with config.json and safetensors")
     if not store.is_dir():
         raise NotFound(f'"{path}": no folder with a config.json, and there is no store at {store} to look it up in (name one with --store)')
-    kept = Store(store)
-    return kept.root / "artifacts" / kept.resolve(path)
+    found = Store(store).open(path)
+    if found.manifest.kind != "checkpoint":
+        raise ConfigError(f"{found.id} is a {found.manifest.kind}: only a checkpoint can be served")
+    return found.root, path

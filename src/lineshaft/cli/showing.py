@@ -8,15 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from lineshaft.base.errors import NotFound
+from lineshaft.base.config import flatten
+from lineshaft.base.errors import Corrupt, NotFound
 from lineshaft.base.store import Store
+from lineshaft.cli.options import DEFAULT_STORE, JsonOption, StoreOption
 
-ArtifactArgument = Annotated[str | None, typer.Argument(help="Reference or artifact id; without it everything in the store is listed.")]
-StoreOption = Annotated[Path, typer.Option("--store", envvar="LINESHAFT_STORE", help="Folder that holds the artifacts.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+ArtifactArgument = Annotated[str | None, typer.Argument(help="Reference or artifact id; without it everything in the store is taken.")]
 
 
-def show(artifact: ArtifactArgument = None, store: StoreOption = Path(".lineshaft"), as_json: JsonOption = False) -> None:
+def show(artifact: ArtifactArgument = None, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """Show an artifact's manifest, what it was made from and what was made from it."""
     kept = _existing(store)
     shown = _listing(kept) if artifact is None else _one(kept, artifact)
@@ -29,11 +29,25 @@ def show(artifact: ArtifactArgument = None, store: StoreOption = Path(".lineshaf
         _print_one(shown)
 
 
-def verify(artifact: Annotated[str, typer.Argument(help="Reference or artifact id.")], store: StoreOption = Path(".lineshaft")) -> None:
-    """Read every byte of an artifact against its checksums."""
-    found = _existing(store).open(artifact)
-    sizes = [item.size for item in [*found.manifest.files, *found.manifest.aside_files]]
-    print(f"{found.id}: {len(sizes)} files, {sum(sizes)} bytes, all as written; digest {found.manifest.digest}")
+def verify(artifact: ArtifactArgument = None, store: StoreOption = DEFAULT_STORE) -> None:
+    """Read every byte of an artifact, or of all of them, against its checksums."""
+    kept = _existing(store)
+    damaged: list[Corrupt] = []
+    for name in [artifact] if artifact else _folders(kept):
+        try:
+            found = kept.open(name)
+        except Corrupt as error:  # go on: whoever repairs a store wants the whole list
+            damaged.append(error)
+            continue
+        sizes = [item.size for item in [*found.manifest.files, *found.manifest.aside_files]]
+        print(f"{found.id}: {len(sizes)} files, {sum(sizes)} bytes, all as written; digest {found.manifest.digest}")
+    if damaged:
+        raise Corrupt("\n".join(str(error) for error in damaged))
+
+
+def _folders(store: Store) -> list[str]:
+    """Ids of all artifacts by their folders: a manifest that can't be read is a finding here, not the end."""
+    return sorted(path.name for path in (store.root / "artifacts").iterdir() if path.is_dir())
 
 
 def _existing(store: Path) -> Store:
@@ -51,21 +65,31 @@ def _listing(store: Store) -> dict[str, Any]:
 def _one(store: Store, artifact: str) -> dict[str, Any]:
     artifact_id = store.resolve(artifact)
     found = store.find(artifact_id)
-    assert found is not None  # resolve has just seen it
+    if found is None:
+        raise NotFound(f"{artifact}: points to {artifact_id}, which is no longer in {store.root}")
     children = [{"id": item.id, "stage": item.stage} for item in store.children(artifact_id)]
-    return {"path": str(found.root), "manifest": found.manifest.model_dump(mode="json"), "children": children}
+    refs = [name for name, target in store.refs().items() if target == artifact_id]
+    return {"path": str(found.root), "refs": refs, "manifest": found.manifest.model_dump(mode="json"), "children": children}
 
 
 def _print_one(shown: dict[str, Any]) -> None:
     manifest = shown["manifest"]
-    print(f"{manifest['id']}  ({manifest['stage']}, version {manifest['version']})")
+    print(f"{manifest['id']}  (made by {manifest['stage']}, version {manifest['version']})")
     print(f"  path      {shown['path']}")
     print(f"  digest    {manifest['digest']}")
-    for title in ("config", "inputs", "facts", "aside"):
-        print(f"  {title:9} {json.dumps(manifest[title], ensure_ascii=False)}")
-    for item in [*manifest["files"], *manifest["aside_files"]]:
-        print(f"  file      {item['name']}  {item['size']} bytes  sha256 {item['sha256'][:16]}  {len(item['crc32'])} blocks")
+    for name in shown["refs"]:
+        print(f"  ref       {name}")
     for role, parent in manifest["parents"].items():
         print(f"  parent    {role}: {parent}")
     for child in shown["children"]:
-        print(f"  child     {child['id']}  ({child['stage']})")
+        print(f"  child     {child['id']}  (made by {child['stage']})")
+    for title, lines in (
+        ("input", manifest["inputs"]),
+        ("config", manifest["config"]),
+        ("fact", manifest["facts"]),
+        ("aside", manifest["aside"]),
+    ):
+        for place, value in flatten(lines):
+            print(f"  {title:9} {place} = {json.dumps(value, ensure_ascii=False)}")
+    for item in [*manifest["files"], *manifest["aside_files"]]:
+        print(f"  file      {item['name']}  {item['size']} bytes  sha256 {item['sha256'][:16]}  {len(item['crc32'])} blocks")

@@ -9,26 +9,27 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from lineshaft.base.config import Config, load, parse_assignment
+from lineshaft.base.config import Config, Table, load, parse_assignment
 from lineshaft.base.errors import NotFound
 from lineshaft.base.manifest import Kind
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Artifact, Store
+from lineshaft.cli.options import DEFAULT_STORE, JsonOption, SetOption, StoreOption
 from lineshaft.compress.stage import COMPRESS
 from lineshaft.data.ingest import INGEST
 from lineshaft.data.tokenizer import TRAIN_TOKENIZER
 from lineshaft.data.tokens import TOKENIZE
 from lineshaft.evaluate.stage import EVALUATE
-from lineshaft.model.adopt import ADOPT, AdoptConfig
+from lineshaft.model.adopt import ADOPT, ADOPT_TOKENIZER, AdoptConfig
 from lineshaft.pipeline.recipe import assign
+from lineshaft.pipeline.run import reopened
 from lineshaft.train.stage import PRETRAIN
 
 
@@ -51,6 +52,9 @@ COMMANDS = (
     Command("evaluate", EVALUATE, "Measure a checkpoint: quality, size, speed, memory, cost. Makes a report.", "checkpoint"),
     Command("adopt", ADOPT, "Take a Hugging Face folder into the store. Makes a checkpoint.", None),
 )
+
+_GIVEN_AS: Mapping[Kind, str] = dict.fromkeys(("checkpoint", "tokenizer"), "reference, artifact id, or a Hugging Face folder")
+"""What may stand for an artifact of these kinds; for the others a reference or an artifact id."""
 
 
 def add_stage_commands(app: typer.Typer) -> None:
@@ -81,51 +85,65 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
 def _arguments(command: Command) -> list[inspect.Parameter]:
     found = []
     for role, kind in command.stage.parents.items():
+        text = f"The {kind}: {_GIVEN_AS.get(kind, 'reference or artifact id')}"
         if role == command.main:
-            found.append(_parameter(role, Annotated[str, typer.Argument(help=f"The {kind}: reference or artifact id.")]))
+            found.append(_parameter(role, Annotated[str, typer.Argument(help=f"{text}.")]))
         else:
-            option = typer.Option(f"--{role}", help=f"The {kind}; by default the one that the {command.main} descends from.")
+            option = typer.Option(
+                f"--{role}", metavar="ARTIFACT", help=f"{text}; by default the one behind the {command.main}."
+            )
             found.append(_parameter(role, Annotated[str | None, option], None))
     return found
 
 
 def _options(config: type[Config]) -> list[inspect.Parameter]:
-    """One option for each field that holds a single plain value; `--set` reaches the nested ones."""
+    """An argument for each field that must be given, an option for each other one that holds a single plain value."""
     found = []
     for name, field in config.model_fields.items():
-        if _is_plain(field.annotation):
-            shown = "required" if field.is_required() else f"default: {field.default}"
-            text = f"{field.description or name} ({shown})"
-            option = typer.Option(f"--{name.replace('_', '-')}", help=text, show_default=False)
-            default = inspect.Parameter.empty if field.is_required() else None
-            found.append(_parameter(name, Annotated[str | None, option] if default is None else Annotated[str, option], default))
+        if not _is_plain(field.annotation):
+            continue  # `--set` reaches the nested ones
+        text, metavar = field.description or name, _metavar(field.annotation)
+        if field.is_required():
+            found.append(_parameter(name, Annotated[str, typer.Argument(help=text)]))
+            continue
+        shown = f"{text} Default: {'null' if field.default is None else field.default}."
+        option = typer.Option(f"--{name.replace('_', '-')}", help=shown, metavar=metavar)
+        found.append(_parameter(name, Annotated[str | None, option], None))
     return found
 
 
+def _metavar(annotation: Any) -> str:
+    """What kind of value an option takes, for its help. The values themselves are read as in a recipe."""
+    parts = [part for part in _parts(annotation) if part is not type(None)]
+    if all(typing.get_origin(part) is typing.Literal for part in parts):
+        return "|".join(str(choice) for part in parts for choice in typing.get_args(part))
+    return {int: "INTEGER", float: "NUMBER", bool: "true|false"}.get(parts[0], "TEXT")
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The types that an annotation may stand for."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [part for inner in typing.get_args(annotation) for part in _parts(inner)]
+    return _parts(typing.get_args(annotation)[0]) if typing.get_origin(annotation) is Annotated else [annotation]
+
+
 def _is_plain(annotation: Any) -> bool:
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return all(_is_plain(part) for part in typing.get_args(annotation))
-    if origin is Annotated:
-        return _is_plain(typing.get_args(annotation)[0])
-    return origin is typing.Literal or annotation in (int, float, str, bool, type(None))
+    return all(typing.get_origin(part) is typing.Literal or part in (int, float, str, bool, type(None)) for part in _parts(annotation))
 
 
 def _common() -> list[inspect.Parameter]:
-    store = typer.Option("--store", envvar="LINESHAFT_STORE", help="Folder that holds the artifacts.")
-    assignment = typer.Option("--set", metavar="A.B=VALUE", help="Set one value, nested ones too; may be repeated.")
     return [
-        _parameter("assignments", Annotated[list[str] | None, assignment], None),
-        _parameter("store", Annotated[Path, store], Path(".lineshaft")),
-        _parameter("as_json", Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")], False),
+        _parameter("assignments", SetOption, None),
+        _parameter("store", StoreOption, DEFAULT_STORE),
+        _parameter("as_json", JsonOption, False),
     ]
 
 
 def _config(kind: type[Config], given: dict[str, str], assignments: list[str]) -> Config:
-    table: dict[str, Any] = {}
+    table: Table = {}
     for name, text in given.items():
-        plain_text = kind.model_fields[name].annotation is str
-        table[name] = text if plain_text else yaml.safe_load(text)
+        takes_text = str in _parts(kind.model_fields[name].annotation)
+        table[name] = text if takes_text else parse_assignment(f"{name}={text}")[1]
     defaults = {name: field.get_default() for name, field in kind.model_fields.items() if not field.is_required()}
     dumped = {name: value.model_dump() if isinstance(value, Config) else value for name, value in defaults.items()}
     for text in assignments:
@@ -146,11 +164,18 @@ def _parents(store: Store, command: Command, named: dict[str, str | None]) -> di
 
 
 def _artifact(store: Store, name: str, kind: Kind) -> Artifact:
-    """An artifact by reference or id; a checkpoint may also be a Hugging Face folder, which is taken into the store."""
+    """An artifact by reference or id. A Hugging Face folder may stand for a checkpoint or a tokenizer: it is taken into the store."""
     if kind == "checkpoint" and (Path(name) / "config.json").is_file():
         return ADOPT(store, AdoptConfig(folder=name))
-    found = store.find(store.resolve(name))
-    assert found is not None  # resolve has just seen it
+    if kind == "tokenizer" and (Path(name) / "tokenizer.json").is_file():
+        return ADOPT_TOKENIZER(store, AdoptConfig(folder=name))
+    return _found(store, store.resolve(name))
+
+
+def _found(store: Store, artifact_id: str) -> Artifact:
+    found = reopened(store, artifact_id)
+    if found is None:
+        raise NotFound(f"{artifact_id}: is referred to but no longer in {store.root}; make it again")
     return found
 
 
@@ -158,8 +183,7 @@ def _ancestor(store: Store, artifact: Artifact, kind: Kind) -> Artifact:
     """The nearest ancestor of a kind."""
     line = [artifact]
     while line:
-        parents = [store.find(parent) for item in line for parent in item.manifest.parents.values()]
-        line = [parent for parent in parents if parent is not None]
+        line = [_found(store, parent) for item in line for parent in item.manifest.parents.values()]
         for parent in line:
             if parent.manifest.kind == kind:
                 return parent

@@ -16,7 +16,8 @@ from lineshaft.base.store import Draft
 from lineshaft.base.terminal import bar
 from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32, save_checkpoint
 from lineshaft.model.decoder import Decoder
-from lineshaft.ops.formats import Int8
+from lineshaft.model.linear import Linear
+from lineshaft.ops.formats import DENSE, Int8
 
 
 class CompressConfig(Config):
@@ -31,10 +32,11 @@ class CompressConfig(Config):
 
 
 def compress(model: Decoder, config: CompressConfig) -> list[str]:
-    """Recode the model's linear layers in place; returns their names. Raises ConfigError naming a layer that does not fit."""
-    layers = {name: linear for name, linear in model.linears().items() if not any(fnmatchcase(name, pattern) for pattern in config.skip)}
-    if not layers:
-        raise ConfigError("compress: skip leaves no layer to compress")
+    """Recode the model's linear layers in place; returns their names.
+
+    Raises ConfigError naming a layer that does not fit or is compressed already, or a skip pattern that means no layer.
+    """
+    layers = _chosen(model, config.skip)
     with bar("compress", len(layers)) as progress:
         for name, linear in layers.items():
             try:
@@ -43,6 +45,22 @@ def compress(model: Decoder, config: CompressConfig) -> list[str]:
                 raise ConfigError(f"compress: {name}: {error}; or add it to skip") from None
             progress.advance()
     return sorted(layers)
+
+
+def _chosen(model: Decoder, skip: list[str]) -> dict[str, Linear]:
+    linears = model.linears()
+    for pattern in skip:
+        # A tied head is no layer of its own, so the default may find nothing; any other miss is a slip of the pen.
+        if pattern != "lm_head" and not any(fnmatchcase(name, pattern) for name in linears):
+            raise ConfigError(f'compress: skip: "{pattern}" is no layer of this model; its layers are named like {next(iter(linears))}')
+    chosen = {name: linear for name, linear in linears.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
+    if not chosen:
+        raise ConfigError("compress: skip leaves no layer to compress")
+    for name, linear in chosen.items():
+        if linear.format != DENSE:
+            told = "rounding it twice would cost quality unseen: compress the checkpoint that this one was made from"
+            raise ConfigError(f"compress: {name} is stored as {linear.format.describe()} already; {told}")
+    return chosen
 
 
 def _build(draft: Draft, config: CompressConfig) -> None:
@@ -60,7 +78,7 @@ def _prove(model: Decoder, folder: Path) -> None:
     """What was written must load to the very tensors that were worked out."""
     written = load_checkpoint(folder).state_dict()
     for name, tensor in model.state_dict().items():
-        if not torch.equal(written[name], tensor):
+        if written[name].dtype != tensor.dtype or not torch.equal(written[name], tensor):
             raise BadCheckpoint(f"{folder}: {name} does not read back as it was compressed; the disk or the writer is at fault")
 
 

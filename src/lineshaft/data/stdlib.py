@@ -81,7 +81,7 @@ def _finished(documents: Iterator[Raw]) -> Iterator[Raw]:
 def _described() -> Iterator[Raw]:
     """Documents of the compiled modules, as a fresh Python without any packages sees them."""
     command = [sys.executable, "-I", "-S", compiled.__file__]
-    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603 - our own file
+    done = subprocess.run(command, check=False, capture_output=True, text=True)  # noqa: S603 - our own file
     if done.returncode:
         last = (done.stderr.strip() or f"exit {done.returncode}").splitlines()[-1]
         raise SourceError(f"{sys.executable}: can't describe its compiled modules ({last}); name another data.source")

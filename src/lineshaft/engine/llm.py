@@ -36,20 +36,24 @@ class LLM:
         """Answer every prompt (text, or token ids as they are); answers in the order of the prompts.
 
         Text is preceded by the tokenizer's bos token, as in training. All prompts run together; more than the queue
-        holds are fed in as room comes.
+        holds are fed in as room comes. A prompt that is refused (see Engine.submit) refuses them all.
         """
         sampling = sampling or Sampling()
         pending = list(enumerate(prompt if isinstance(prompt, list) else self._encode(prompt) for prompt in prompts))[::-1]
         answers: list[list[Emitted]] = [[] for _ in prompts]
         place: dict[int, int] = {}
-        with bar("generate", len(prompts)) as progress:
-            while pending or not self.engine.idle:
-                while pending and self.engine.load_now().waiting < self.engine.config.scheduler.max_waiting:
-                    index, ids = pending.pop()
-                    place[self.engine.submit(ids, sampling)] = index
-                for token in self.engine.step():
-                    answers[place[token.request]].append(token)
-                    progress.advance(token.finish is not None)
+        try:
+            with bar("generate", len(prompts)) as progress:
+                while pending or not self.engine.idle:
+                    while pending and self.engine.load_now().waiting < self.engine.config.scheduler.max_waiting:
+                        index, ids = pending.pop()
+                        place[self.engine.submit(ids, sampling)] = index
+                    for token in self.engine.step():
+                        answers[place[token.request]].append(token)
+                        progress.advance(token.finish is not None)
+        finally:
+            for number in place:  # after an error or Ctrl-C the others must not answer into the next call
+                self.engine.cancel(number)
         return [self._completion(answer) for answer in answers]
 
     def _encode(self, prompt: str) -> list[int]:

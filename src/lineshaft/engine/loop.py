@@ -58,8 +58,11 @@ class Engine:
     def __init__(self, model: Decoder, config: EngineConfig) -> None:
         self.model, self.config = model, config
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-        self.context_tokens = min(config.max_context or model.config.max_position_embeddings, model.config.max_position_embeddings)
-        pages = _pages(model, config, self.context_tokens, dtype)
+        context = min(config.max_context or model.config.max_position_embeddings, model.config.max_position_embeddings)
+        pages = _pages(model, config, context, dtype)
+        self.context_tokens = min(context, pages * config.page_tokens)
+        """Most tokens of prompt and answer: what the model was made for, max_context, or the whole cache, whichever is least."""
+        self._more_cache = "; a larger cache_bytes would allow more" if self.context_tokens < context else ""
         self.scheduler = Scheduler(config.scheduler, PagePool(pages), config.page_tokens)
         self.runner = Runner(model, PagedCache(model.config, pages, config.page_tokens, dtype))
         self.sampler = Sampler()
@@ -84,7 +87,7 @@ class Engine:
         if len(prompt) + sampling.max_tokens > self.context_tokens:
             raise TooLong(
                 f"{len(prompt)} prompt tokens and {sampling.max_tokens} to produce exceed the context of {self.context_tokens} tokens: "
-                "shorten the prompt or lower max_tokens",
+                f"shorten the prompt or lower max_tokens{self._more_cache}",
                 "max_tokens" if len(prompt) < self.context_tokens else "prompt",
             )
         ends = frozenset() if sampling.ignore_eos else frozenset(self.model.config.eos_token_ids)
@@ -124,7 +127,7 @@ class Engine:
 def _pages(model: Decoder, config: EngineConfig, context: int, dtype: torch.dtype) -> int:
     """Pages that memory allows, or fewer when that many could never be used at once."""
     wanted = config.scheduler.max_batch * -(-context // config.page_tokens)
-    affordable = config.cache_bytes // page_bytes(model.config, config.page_tokens, dtype)
-    if affordable < 1:
-        raise ConfigError(f"cache_bytes {config.cache_bytes} is less than one page of {page_bytes(model.config, config.page_tokens, dtype)} bytes")
-    return min(wanted, affordable)
+    page = page_bytes(model.config, config.page_tokens, dtype)
+    if config.cache_bytes < page:
+        raise ConfigError(f"cache_bytes {config.cache_bytes} is less than one page of {page} bytes: raise it, or lower page_tokens")
+    return min(wanted, config.cache_bytes // page)

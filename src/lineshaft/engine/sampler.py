@@ -7,6 +7,9 @@ from torch import Tensor
 
 from lineshaft.sched.request import Request, Sampling
 
+COLDEST = 1e-30
+"""Lower temperatures count as this one: in float32 they would be zero, and what they choose is the same."""
+
 
 class Sampler:
     """Keeps one random generator a request, so that a seed gives the same answer in any company."""
@@ -40,8 +43,11 @@ class Sampler:
 
 
 def truncated(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities after temperature, then top-k, top-p and min-p in that order (vLLM's order); zero for what is ruled out."""
-    logits_V = logits_V / sampling.temperature
+    """Probabilities after temperature, then top-k, top-p and min-p in that order (transformers' order); zero for what is ruled out.
+
+    Tokens as likely as the last of the top k stay in. Equally likely tokens enter top-p in the order of their ids.
+    """
+    logits_V = (logits_V - logits_V.max()) / max(sampling.temperature, COLDEST)  # from zero down: no temperature makes it overflow
     if 0 < sampling.top_k < len(logits_V):
         floor = logits_V.topk(sampling.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < floor, -torch.inf)

@@ -26,7 +26,7 @@ class Bigram:
             chunk = stream.read(first, min(len(stream), first + CHUNK + 1))
             singles += np.bincount(chunk[:CHUNK], minlength=vocab_size)
             pairs, counts = _add(pairs, counts, *np.unique(chunk[:-1] * vocab_size + chunk[1:], return_counts=True))
-        self._pairs, self._counts = pairs, counts
+        self._pairs, self._counts = np.append(pairs, np.iinfo(np.int64).max), np.append(counts, 0)  # where look-ups past the end land
         before = pairs // vocab_size
         self._after_total = np.bincount(before, counts, vocab_size)
         self._after_kinds = np.bincount(before, minlength=vocab_size)
@@ -35,7 +35,7 @@ class Bigram:
     def log_prob(self, before: Ids, after: Ids) -> Floats:
         """Natural log of p(after | before), element by element."""
         key = before * self._vocabulary + after
-        place = np.minimum(np.searchsorted(self._pairs, key), len(self._pairs) - 1)
+        place = np.searchsorted(self._pairs, key)
         seen = np.where(self._pairs[place] == key, self._counts[place], 0)
         total = np.maximum(self._after_total[before], 1)
         known = np.maximum(seen - DISCOUNT, 0) / total

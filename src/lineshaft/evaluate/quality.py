@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -58,10 +59,10 @@ class HeldOut:
     """UTF-8 bytes that each id stands for; 0 for special tokens."""
     max_tokens: int
     """Whole rows are read up to about this many tokens."""
-    _byte_table: torch.Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_byte_table", torch.tensor(self.bytes_of_token))
+    @cached_property
+    def _byte_table(self) -> torch.Tensor:
+        return torch.tensor(self.bytes_of_token)
 
     def batches(self) -> Iterator[Batch]:
         """The rows in order."""

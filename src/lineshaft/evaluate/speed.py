@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from lineshaft.base.config import Config, load
-from lineshaft.base.errors import EngineError
+from lineshaft.base.errors import EngineError, LineshaftError
 from lineshaft.base.machine import peak_memory_bytes
 from lineshaft.engine.loop import Engine, EngineConfig
 from lineshaft.sched.request import Sampling
@@ -27,7 +27,8 @@ class SpeedConfig(Config):
     """The workload: every request reads `prompt_tokens` of held-out text and produces `output_tokens`."""
 
     prompt_tokens: PositiveInt = 128
-    output_tokens: PositiveInt = 32
+    output_tokens: int = Field(32, ge=2)
+    """Two at least: the speed of decoding is taken after the first."""
     requests: PositiveInt = 20
     """Requests one after another, for latency quantiles and single-stream speed."""
     batch: PositiveInt = 8
@@ -60,11 +61,12 @@ class Speed(Config):
 def measure(folder: Path, workload: SpeedConfig, engine: EngineConfig, prompts: list[list[int]]) -> Speed:
     """Run the workload in a fresh process. Raises EngineError with the child's last words if it fails."""
     job = Job(folder=str(folder), workload=workload, engine=engine, prompts=prompts)
-    child = subprocess.run(  # noqa: S603 - our own module
+    child = subprocess.run(
         [sys.executable, "-m", "lineshaft.evaluate.speed"], input=job.model_dump_json(), capture_output=True, text=True, check=False
     )
     if child.returncode:
-        raise EngineError(f"measuring {folder} failed: {child.stderr.strip().splitlines()[-1] if child.stderr.strip() else child.returncode}")
+        last_words = child.stderr.strip().splitlines()[-1:] or [f"its process ended with status {child.returncode} and said nothing"]
+        raise EngineError(f"measuring {folder} failed: {last_words[0]}")
     return load(Speed, json.loads(child.stdout))
 
 
@@ -103,4 +105,8 @@ def _answer(engine: Engine, prompts: list[list[int]], sampling: Sampling) -> tup
 
 
 if __name__ == "__main__":
-    sys.stdout.write(_run(load(Job, json.load(sys.stdin))).model_dump_json())
+    try:
+        sys.stdout.write(_run(load(Job, json.load(sys.stdin))).model_dump_json())
+    except LineshaftError as refusal:
+        sys.exit(" ".join(str(refusal).splitlines()))  # one line, for the parent to show
+

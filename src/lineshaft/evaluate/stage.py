@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from lineshaft.base.config import Config
-from lineshaft.base.errors import ConfigError
+from lineshaft.base.errors import BadCheckpoint, ConfigError
 from lineshaft.base.machine import machine
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Artifact, Draft
@@ -17,7 +17,8 @@ from lineshaft.engine.loop import EngineConfig
 from lineshaft.evaluate.bigram import Bigram
 from lineshaft.evaluate.quality import HeldOut, Score, score_bigram, score_model
 from lineshaft.evaluate.speed import Speed, SpeedConfig, measure, quantile
-from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32, weights_bytes
+from lineshaft.model.checkpoint import load_checkpoint, load_config, quantised_share_of_fp32, weights_bytes
+from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import cost_of
 from lineshaft.model.decoder import Decoder
 from lineshaft.records.report import Measured, Report, write_report
@@ -48,21 +49,37 @@ def _settle(config: EvaluateConfig, parents: Mapping[str, Artifact]) -> Evaluate
 
 def _build(draft: Draft, config: EvaluateConfig) -> None:
     checkpoint, tokens = draft.parents["checkpoint"], draft.parents["tokens"]
+    _check_room(load_config(checkpoint.root), tokens, config)
     model = load_checkpoint(checkpoint.root, dtype=torch.float32)
     heldout = TokenStream(tokens, "heldout")
+    prompts = _prompts(heldout, config.speed)
     text = HeldOut(RowReader(heldout, config.sequence_tokens), _bytes_of_token(checkpoint), config.max_tokens)
     score = score_model(model, text)
     baseline = score_bigram(Bigram(TokenStream(tokens, "train"), model.config.vocab_size), text)
-    speed = measure(checkpoint.root, config.speed, config.engine, _prompts(heldout, config.speed))
+    speed = measure(checkpoint.root, config.speed, config.engine, prompts)
     quantised = {linear.format.describe() for linear in model.linears().values()} - {"dense"}
     report = Report(
         subject=checkpoint.id,
         format=", ".join(sorted(quantised)) or "dense",
-        metrics=_quality(score, baseline) | _size(model, checkpoint),
+        metrics=_quality(score, baseline) | _size(model, checkpoint, config.engine),
         notes=["Quality is computed with FP32 activations; held-out documents were never trained on."],
     )
     metrics, samples = _speed(speed, config)
     write_report(draft, report, Measured(metrics=metrics, samples=samples, machine=machine() | {"threads": speed.threads}))
+
+
+def _check_room(model: ModelConfig, tokens: Artifact, config: EvaluateConfig) -> None:
+    """Refuse at once what would fail, or mean nothing, after the scoring."""
+    context, vocabulary = model.max_position_embeddings, tokens.manifest.facts["vocab_size"]
+    for name, wanted in (
+        ("sequence_tokens", config.sequence_tokens),
+        ("speed.prompt_tokens + speed.output_tokens", config.speed.prompt_tokens + config.speed.output_tokens),
+    ):
+        if wanted > context:
+            raise ConfigError(f"evaluate: {name} is {wanted}, more than the model's context of {context} tokens: lower it")
+    if vocabulary > model.vocab_size:
+        told = "they do not belong together"
+        raise BadCheckpoint(f"the tokenizer has {vocabulary} tokens, the model's vocab_size is {model.vocab_size}: {told}")
 
 
 def _bytes_of_token(checkpoint: Artifact) -> list[int]:
@@ -91,7 +108,7 @@ def _quality(score: Score, baseline: Score) -> dict[str, float]:
     }
 
 
-def _size(model: Decoder, checkpoint: Artifact) -> dict[str, float]:
+def _size(model: Decoder, checkpoint: Artifact, engine: EngineConfig) -> dict[str, float]:
     cost, size = cost_of(model.config), weights_bytes(checkpoint.root)
     share = quantised_share_of_fp32(model)
     return {
@@ -99,8 +116,15 @@ def _size(model: Decoder, checkpoint: Artifact) -> dict[str, float]:
         "active_parameters": cost.active_parameters,
         "weights_bytes": size,
         "bits_per_weight": 8 * size / cost.parameters,
-        "kv_bytes_per_token": cost.kv_numbers_per_token * next(model.parameters()).dtype.itemsize,
+        "kv_bytes_per_token": cost.kv_numbers_per_token * _cache_dtype(checkpoint, engine).itemsize,
     } | ({} if share is None else {"quantised_share_of_fp32": share})
+
+
+def _cache_dtype(checkpoint: Artifact, engine: EngineConfig) -> torch.dtype:
+    """What the engine holds its cache as. Weights loaded without a cast are only mapped, so this costs nothing."""
+    if engine.dtype != "auto":
+        return torch.bfloat16 if engine.dtype == "bfloat16" else torch.float32
+    return next(load_checkpoint(checkpoint.root).parameters()).dtype
 
 
 def _speed(speed: Speed, config: EvaluateConfig) -> tuple[dict[str, float], dict[str, list[float]]]:

@@ -1,4 +1,7 @@
-"""Taking a Hugging Face folder from elsewhere into the store, so that stages can work from it."""
+"""Taking a Hugging Face folder from elsewhere into the store, so that stages can work from it.
+
+Whole it is a checkpoint; its tokenizer alone is what text is cut with before such a checkpoint is evaluated on it.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from pathlib import Path
 from lineshaft.base.config import Config
 from lineshaft.base.errors import BadCheckpoint
 from lineshaft.base.files import record
+from lineshaft.base.manifest import FILE_NAME
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Draft
-from lineshaft.model.checkpoint import load_checkpoint
+from lineshaft.model.checkpoint import TOKENIZER_FILES, load_checkpoint
 from lineshaft.model.cost import cost_of
+from lineshaft.text.tokenizer import Tokenizer
 
 _SUFFIXES = {".json", ".safetensors", ".jinja"}
 
@@ -27,7 +32,8 @@ def _files(config: AdoptConfig) -> list[Path]:
     folder = Path(config.folder)
     if not (folder / "config.json").is_file():
         raise BadCheckpoint(f"{folder}: no config.json here; a checkpoint is a Hugging Face folder with config.json and safetensors")
-    return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+    # An artifact's own manifest stays there: it speaks of that folder, not of the copy.
+    return sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.name != FILE_NAME and path.is_file())
 
 
 def _inputs(config: AdoptConfig) -> dict[str, str]:
@@ -35,9 +41,11 @@ def _inputs(config: AdoptConfig) -> dict[str, str]:
 
 
 def _build(draft: Draft, config: AdoptConfig) -> None:
+    check_artifact(Path(config.folder))
     for path in _files(config):
         shutil.copyfile(path, draft.root / path.name)
     model = load_checkpoint(draft.root)
+    Tokenizer.load(draft.root)  # stages and the server need it, so a folder without one is refused here
     cost = cost_of(model.config)
     formats = sorted({linear.format.describe() for linear in model.linears().values()})
     draft.facts |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters, "format": ", ".join(formats)}
@@ -50,5 +58,31 @@ ADOPT = Stage(
     config=AdoptConfig,
     build=_build,
     inputs=_inputs,
+    unkeyed=frozenset({"folder"}),
+)
+
+
+def _tokenizer_files(config: AdoptConfig) -> list[Path]:
+    folder = Path(config.folder)
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def _tokenizer_inputs(config: AdoptConfig) -> dict[str, str]:
+    return {path.name: record(path.parent, path.name).sha256 for path in _tokenizer_files(config)}
+
+
+def _build_tokenizer(draft: Draft, config: AdoptConfig) -> None:
+    for path in _tokenizer_files(config):
+        shutil.copyfile(path, draft.root / path.name)
+    draft.facts["vocab_size"] = Tokenizer.load(draft.root).vocab_size
+
+
+ADOPT_TOKENIZER = Stage(
+    name="adopt_tokenizer",
+    kind="tokenizer",
+    version=1,
+    config=AdoptConfig,
+    build=_build_tokenizer,
+    inputs=_tokenizer_inputs,
     unkeyed=frozenset({"folder"}),
 )

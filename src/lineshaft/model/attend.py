@@ -44,12 +44,12 @@ class LatentQuery:
 
     def expand(self, latent_SC: Tensor) -> tuple[Tensor, Tensor]:
         """Keys without positions [S, H, N] and values [S, H, V] of these latents."""
-        keys, values = self.up(latent_SC).unflatten(-1, (self.nope_THN.shape[1], -1)).split_with_sizes(self._widths(), -1)
+        keys, values = self.up(latent_SC).view(len(latent_SC), self.nope_THN.shape[1], -1).split_with_sizes(self._widths(), -1)
         return keys, values
 
     def absorb(self) -> tuple[Tensor, Tensor]:
         """Queries against latents [T, H, C], and the value half of the up-projection [H, V, C]."""
-        weight_HWC = self.up.dense_weight(self.nope_THN.dtype).unflatten(0, (self.nope_THN.shape[1], -1))
+        weight_HWC = self.up.dense_weight(self.nope_THN.dtype).view(self.nope_THN.shape[1], -1, self.up.in_features)
         up_key_HNC, up_value_HVC = weight_HWC.split_with_sizes(self._widths(), 1)
         return torch.einsum("thn,hnc->thc", self.nope_THN, up_key_HNC), up_value_HVC
 
@@ -71,8 +71,8 @@ class Attend(Protocol):
 class PackedCausal:
     """Causal attention inside each of several documents packed in one row: for training, calibration and scoring.
 
-    `starts`: index of the first token of each document, ascending, the first one 0. `row`: no document crosses a multiple
-    of it, so scores are computed in T / row blocks of row x row instead of one of T x T.
+    `starts`: index of the first token of each document, ascending, the first one 0. `row`: every multiple of it is such a
+    start, so scores are computed in T / row blocks of row x row instead of one of T x T. ValueError when they are not so.
     """
 
     def __init__(self, starts: Sequence[int] | Tensor, tokens: int, row: int | None = None) -> None:
@@ -80,6 +80,8 @@ class PackedCausal:
         if tokens % self.row:
             raise ValueError(f"{tokens} tokens do not divide into rows of {self.row}")
         starts_D = torch.as_tensor(starts, dtype=torch.int64)
+        if not torch.isin(torch.arange(0, tokens, self.row), starts_D).all():
+            raise ValueError(f"every multiple of row {self.row} must be the start of a document: what is before it would not be seen")
         document_T = torch.searchsorted(starts_D, torch.arange(tokens), right=True)
         self.document_BS = document_T.view(-1, self.row)
         self._visible: dict[int | None, Tensor] = {}
@@ -105,7 +107,7 @@ class PackedCausal:
         return self.gqa(layer, q_THD, k_THD, v_THV, reach)
 
     def _blocks(self, x_THD: Tensor) -> Tensor:
-        return x_THD.unflatten(0, (-1, self.row)).transpose(1, 2)
+        return x_THD.view(-1, self.row, *x_THD.shape[1:]).transpose(1, 2)
 
     def _mask(self, window: int | None) -> Tensor:
         """Bool [B, 1, S, S]: same document, not in the future, not behind the window."""

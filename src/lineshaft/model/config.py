@@ -5,6 +5,7 @@ Field names follow Hugging Face's config.json where they mean the same, so that 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -70,6 +71,8 @@ class MixtureOfExperts(Config):
     def _consistent(self) -> MixtureOfExperts:
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}")
+        if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
+            raise ValueError(f"n_group {self.n_group} leaves fewer than the two experts by which a group is judged")
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group {self.topk_group} is more than n_group {self.n_group}")
         reachable = self.n_routed_experts // self.n_group * self.topk_group
@@ -102,18 +105,32 @@ class Architecture(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Architecture:
         a = self.attention
-        if isinstance(a, GroupedQueryAttention):
-            if a.num_attention_heads % a.num_key_value_heads:
-                raise ValueError(f"num_attention_heads {a.num_attention_heads} is not a multiple of num_key_value_heads {a.num_key_value_heads}")
-            if self.rotary_dim % 2:
-                raise ValueError(f"head_dim {a.head_dim} must be even")
-        elif self.rotary_dim % 2:
-            raise ValueError(f"qk_rope_head_dim {a.qk_rope_head_dim} must be even")
-        if (self.family == "deepseek_v3") != isinstance(a, LatentAttention):
+        latent = self.family == "deepseek_v3"
+        if latent != isinstance(a, LatentAttention):
             raise ValueError(f"family {self.family} does not have {a.kind} attention")
-        if self.moe and self.family != "deepseek_v3":
-            raise ValueError(f"family {self.family} has no experts")
+        if latent != (self.moe is not None):
+            raise ValueError(f"family {self.family} {'needs experts: set moe' if latent else 'has no experts: leave moe out'}")
+        if self.rotary_dim % 2:
+            raise ValueError(f"{'qk_rope_head_dim' if latent else 'head_dim'} {self.rotary_dim} must be even")
+        if isinstance(a, GroupedQueryAttention) and a.num_attention_heads % a.num_key_value_heads:
+            heads = f"num_attention_heads {a.num_attention_heads}"
+            raise ValueError(f"{heads} is not a multiple of num_key_value_heads {a.num_key_value_heads}")
+        for name, wanted, has in self._traits(a):
+            if has != wanted:
+                raise ValueError(f"family {self.family} has {name} {wanted}, not {has}: other tools could not load the checkpoint")
         return self
+
+    def _traits(self, a: GroupedQueryAttention | LatentAttention) -> Iterator[tuple[str, object, object]]:
+        """What a family's config.json fixes: (name, the family's value, ours). Said here, before anything is trained."""
+        if self.family != "llama":
+            yield "mlp_bias", False, self.mlp_bias
+        if isinstance(a, GroupedQueryAttention):
+            free = self.family in ("llama", "qwen3")
+            yield "qkv_bias", a.qkv_bias if free else self.family == "qwen2", a.qkv_bias
+            yield "output_bias", a.qkv_bias if free else False, a.output_bias
+            yield "qk_norm", self.family == "qwen3", a.qk_norm
+            if self.family != "mistral":
+                yield "sliding_window", None, a.sliding_window
 
     @property
     def rotary_dim(self) -> int:

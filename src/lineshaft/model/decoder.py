@@ -5,8 +5,9 @@ Module and tensor names are those of the Hugging Face checkpoints, so there is n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineshaft.model.attend import Attend
@@ -18,10 +19,13 @@ from lineshaft.model.mla import MlaBlock
 from lineshaft.model.moe import ExpertBlock, Router
 from lineshaft.model.norm import RmsNorm
 from lineshaft.model.rope import Rotation, rotation
+from lineshaft.ops import table as ops
 
 
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -30,7 +34,7 @@ class Layer(nn.Module):
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = GqaBlock(config, a) if isinstance(a, GroupedQueryAttention) else MlaBlock(config, a)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp: nn.Module
+        self.mlp: FeedForward | ExpertBlock
         if config.moe is not None and config.is_moe_layer(index):
             self.mlp = ExpertBlock(config.hidden_size, config.moe)
         else:
@@ -45,17 +49,20 @@ class Layer(nn.Module):
 class Trunk(nn.Module):
     """Embedding, layers, final norm."""
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # A ready tensor: nn.Embedding would draw random numbers first, which on the meta device alone takes seconds.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Token ids [T] to hidden states [T, hidden]."""
         rotate = rotation(self.config, positions_T)
-        x_TI = self.embed_tokens(tokens_T)
+        x_TI: Tensor = self.embed_tokens(tokens_T)
         for layer in self.layers:
             x_TI = layer(x_TI, rotate, attend)
         return self.norm(x_TI)
@@ -63,6 +70,8 @@ class Trunk(nn.Module):
 
 class Decoder(nn.Module):
     """A decoder-only language model over one packed row of tokens."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -80,7 +89,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_RI: Tensor) -> Tensor:
         """Next-token logits [R, vocabulary] of some hidden states."""
-        return F.linear(hidden_RI, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden_RI)
+        return ops.linear(hidden_RI, self.model.embed_tokens.weight, None) if self.lm_head is None else self.lm_head(hidden_RI)
 
     def linears(self) -> dict[str, Linear]:
         """Every linear layer by its name in the checkpoint."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from lineshaft.model.linear import Linear
@@ -10,6 +12,8 @@ from lineshaft.ops import table as ops
 
 class FeedForward(nn.Module):
     """down(SiLU(gate(x)) * up(x))."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, hidden: int, width: int, bias: bool = False) -> None:
         super().__init__()

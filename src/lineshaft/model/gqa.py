@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from lineshaft.model.attend import Attend, Reach
@@ -13,6 +15,8 @@ from lineshaft.model.rope import Rotation
 
 class GqaBlock(nn.Module):
     """Projections around whatever `Attend` is handed in."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, config: ModelConfig, attention: GroupedQueryAttention) -> None:
         super().__init__()
@@ -28,7 +32,7 @@ class GqaBlock(nn.Module):
 
     def forward(self, layer: int, x_TI: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
         """[T, hidden] to [T, hidden]."""
-        q, k, v = (proj(x_TI).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (proj(x_TI).view(len(x_TI), -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out_THD = attend.gqa(layer, rotate(q), rotate(k), v, self.reach)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ class Linear(nn.Module):
     The tensors of the format are the module's own parameters or buffers under their checkpoint names (`weight` when
     dense), so saving and loading need no mapping.
     """
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
@@ -46,7 +50,7 @@ class Linear(nn.Module):
         for name in self.format.tensor_names:
             delattr(self, name)
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and fmt == DENSE:
+            if fmt == DENSE:
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from lineshaft.model.attend import Attend, LatentQuery, Reach
@@ -16,6 +18,8 @@ LATENT_NORM_EPS = 1e-6
 
 class MlaBlock(nn.Module):
     """Queries, one latent and one shared rotated key for each token; keys and values are made from the latent."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, config: ModelConfig, attention: LatentAttention) -> None:
         super().__init__()
@@ -37,7 +41,7 @@ class MlaBlock(nn.Module):
 
     def forward(self, layer: int, x_TI: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
         """[T, hidden] to [T, hidden]."""
-        q_THD = self._queries(x_TI).unflatten(-1, (-1, self.nope + self.rope))
+        q_THD = self._queries(x_TI).view(len(x_TI), -1, self.nope + self.rope)
         q_nope, q_rope = q_THD.split_with_sizes([self.nope, self.rope], -1)
         latent_TC, k_rope_TR = self.kv_a_proj_with_mqa(x_TI).split_with_sizes([self.latent, self.rope], -1)
         query = LatentQuery(q_nope, rotate(q_rope), self.kv_b_proj)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,8 @@ from lineshaft.ops import table as ops
 
 class RmsNorm(nn.Module):
     """Scale the last dimension to unit root mean square, then by a learnt weight."""
+
+    __call__: Callable[..., Tensor]
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()

@@ -25,7 +25,11 @@ class Rotation:
 
 
 def rotation(config: ModelConfig, positions_T: Tensor) -> Rotation:
-    """Angles position / theta^(2i/D), in float32, for int64 positions [T]."""
-    steps = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=positions_T.device)
-    angles_TR = positions_T.float()[:, None] / config.rope_theta ** (steps / config.rotary_dim)
+    """Angles position * theta^(-2i/D), in float32, for int64 positions [T].
+
+    Rounded in the order in which transformers rounds: at long range another order turns by visibly other angles.
+    """
+    steps_R = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=positions_T.device)
+    speed_R = 1.0 / config.rope_theta ** (steps_R / config.rotary_dim)
+    angles_TR = positions_T.float()[:, None] * speed_R
     return Rotation(angles_TR.cos(), angles_TR.sin(), config.rope_interleaved)

@@ -7,17 +7,21 @@ names in the checkpoint: nothing is renamed or rearranged between disk and produ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lineshaft.base.errors import BadCheckpoint, ConfigError
+from lineshaft.base.errors import BadCheckpoint, ConfigError, UnsupportedModel
 from lineshaft.ops import reference, table
 
 Tensors = Mapping[str, Tensor]
+
+
+_SMALLEST_FP16 = 2.0**-24
 
 
 class Format(Protocol):
@@ -85,10 +89,11 @@ class Int8:
         """See Format."""
         outputs, inputs = weight_OI.shape
         groups = self._groups(inputs)
-        grouped_OGI = weight_OI.detach().float().unflatten(1, (groups, -1))
+        grouped_OGI = weight_OI.detach().float().reshape(outputs, groups, -1)
         limit_OG = grouped_OGI.abs().amax(-1)
-        # FP16 holds down to 6e-8: a group that small is zero for every purpose, and must not divide by zero.
-        scale_OG = (limit_OG / 127).clamp(min=torch.finfo(torch.float16).tiny).to(torch.float16)
+        scale_OG = (limit_OG / 127).clamp(min=_SMALLEST_FP16).to(torch.float16)
+        # Near zero FP16 has steps as coarse as its numbers: one that was rounded down would cut the largest weights off.
+        scale_OG += _SMALLEST_FP16 * (scale_OG.float() * 127.5 < limit_OG)
         if not torch.isfinite(scale_OG).all():
             raise ConfigError("a weight is not a number or too large for INT8 with FP16 scales (its scale exceeds 65504)")
         codes = (grouped_OGI / scale_OG.float()[:, :, None]).round().clamp(-128, 127).flatten(1)
@@ -106,7 +111,8 @@ class Int8:
     def _groups(self, inputs: int) -> int:
         width = self.group or inputs
         if inputs % width or inputs % 4:
-            raise ConfigError(f"int8: {inputs} inputs are not a multiple of {width if inputs % width else 4}; choose another group or leave this layer out")
+            unit = width if inputs % width else 4
+            raise ConfigError(f"int8: {inputs} inputs are not a multiple of {unit}; choose another group or leave this layer out")
         return inputs // width
 
     def decode(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
@@ -123,6 +129,7 @@ class Int8:
 
 
 DENSE = Dense()
+_READ = "weight-only symmetric INT8 by compressed-tensors, pack-quantized, one scale a channel or group"
 
 
 def to_compressed_tensors(formats: Mapping[str, Format]) -> dict[str, Any] | None:
@@ -149,15 +156,50 @@ def to_compressed_tensors(formats: Mapping[str, Format]) -> dict[str, Any] | Non
     }
 
 
-def from_compressed_tensors(config: Mapping[str, Any]) -> tuple[Format, frozenset[str]]:
-    """The format named by a `quantization_config`, and the layers that are left dense. Raises BadCheckpoint for what we do not read."""
+def from_compressed_tensors(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, Format]:
+    """The format of each of these linear layers, as a `quantization_config` names it.
+
+    Raises UnsupportedModel for a scheme that we do not read, BadCheckpoint when the table is broken.
+    """
     try:
-        (group,) = config["config_groups"].values()
-        weights = group["weights"]
-        plain = config["quant_method"] == "compressed-tensors" and config["format"] == "pack-quantized" and group["input_activations"] is None
-        known = plain and weights["num_bits"] == 8 and weights["type"] == "int" and weights["symmetric"]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        if (method := config["quant_method"]) != "compressed-tensors":
+            raise UnsupportedModel(f'quantization by "{method}" is not supported; supported: {_READ}')
+        groups = list(config["config_groups"].values())
+        if len(groups) != 1:
+            raise UnsupportedModel(f"quantization_config: {len(groups)} config_groups are not supported; supported: {_READ}")
+        fmt, ignore = _int8_of(config, groups[0]), [str(item) for item in config.get("ignore") or ()]
+        return {name: DENSE if any(_names(item, name) for item in ignore) else fmt for name in layers}
+    except (KeyError, TypeError, AttributeError, re.error) as error:
         raise BadCheckpoint(f"quantization_config can't be read: {error!r}") from None
-    if not known or weights["strategy"] not in ("channel", "group"):
-        raise BadCheckpoint("quantization_config: only weight-only symmetric INT8, pack-quantized, by channel or group, is supported")
-    return Int8(weights.get("group_size") if weights["strategy"] == "group" else None), frozenset(config.get("ignore", ()))
+
+
+def _int8_of(config: Mapping[str, Any], group: Mapping[str, Any]) -> Int8:
+    weights = group["weights"]
+    wanted: tuple[tuple[str, object, tuple[object, ...]], ...] = (
+        ("format", group.get("format") or config["format"], ("pack-quantized",)),
+        ("quantization_status", config.get("quantization_status", "compressed"), ("compressed",)),
+        ("kv_cache_scheme", config.get("kv_cache_scheme"), (None, {})),
+        ("sparsity_config", config.get("sparsity_config"), (None, {})),
+        ("transform_config", config.get("transform_config"), (None, {})),
+        ("targets", group["targets"], (["Linear"],)),
+        ("input_activations", group.get("input_activations"), (None,)),
+        ("output_activations", group.get("output_activations"), (None,)),
+        ("num_bits", weights["num_bits"], (8,)),
+        ("type", weights["type"], ("int",)),
+        ("symmetric", weights["symmetric"], (True,)),
+        ("strategy", weights["strategy"], ("channel", "group")),
+        ("actorder", weights.get("actorder"), (None, False, "weight", "static")),
+    )
+    for name, value, known in wanted:
+        if value not in known:
+            raise UnsupportedModel(f"quantization_config: {name} {value!r} is not supported; supported: {_READ}")
+    if weights["strategy"] == "channel":
+        return Int8()
+    if not isinstance(weights["group_size"], int) or weights["group_size"] < 1:
+        raise BadCheckpoint(f"quantization_config: group_size {weights['group_size']!r} is not a number of inputs")
+    return Int8(weights["group_size"])
+
+
+def _names(item: str, layer: str) -> bool:
+    """Does an entry of `ignore` mean this layer? Entries are names, or patterns after "re:"."""
+    return re.match(item[3:], layer) is not None if item.startswith("re:") else item == layer

@@ -27,9 +27,8 @@ def linear_int8(x_TI: Tensor, packed_OJ: Tensor, scale_OG: Tensor, bias_O: Tenso
 
 def unpack_int8(packed_OJ: Tensor, scale_OG: Tensor, dtype: torch.dtype) -> Tensor:
     """The weights that `linear_int8` multiplies by: [O, I] in `dtype`."""
-    signed_OI = packed_OJ.view(torch.uint8).to(torch.int16) - 128
-    groups = scale_OG.shape[1]
-    scaled_OGI = signed_OI.unflatten(1, (groups, -1)).to(torch.float32) * scale_OG.to(torch.float32)[:, :, None]
+    signed_OI = packed_OJ.view(torch.uint8).to(torch.float32) - 128
+    scaled_OGI = signed_OI.view(*scale_OG.shape, -1) * scale_OG.to(torch.float32)[:, :, None]
     return scaled_OGI.flatten(1).to(dtype)
 
 

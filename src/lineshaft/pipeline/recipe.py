@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from lineshaft.base.config import Config, Table, flatten, load, merge, nest, parse_assignment, read_yaml
 from lineshaft.base.errors import ConfigError
 from lineshaft.compress.stage import CompressConfig
@@ -19,10 +21,10 @@ from lineshaft.train.stage import TrainConfig
 
 
 class Recipe(Config):
-    """The whole line, from raw text to an answering service. A section that is null leaves its stage out."""
+    """The whole line, from raw text to an answering service. compress, evaluate and serve may be null: then they are left out."""
 
-    name: str
-    """Names the report and the reference under which the finished checkpoint can be served."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Names the report and the reference under which the finished checkpoint can be served; by default the file's name."""
     data: IngestConfig = IngestConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     tokens: TokenizeConfig = TokenizeConfig()
@@ -45,20 +47,30 @@ class Sourced:
 
 def read_recipe(path: Path, assignments: Sequence[str] = ()) -> Sourced:
     """Read a recipe file and lay `a.b=value` assignments over it. Raises ConfigError for all that is wrong with either."""
-    try:
-        table = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read: {error}") from None
-    table.setdefault("name", path.stem)
-    defaults = Recipe(name=path.stem).model_dump()
+    written = read_yaml(_text(path), str(path))
+    table: Table = {"name": path.stem} | written
+    defaults = Recipe(name="recipe").model_dump()
     set_paths: dict[str, Any] = {}
     for text in assignments:
         dotted, value = parse_assignment(text)
         table = assign(table, defaults, dotted, value)
         set_paths |= dict(flatten(nest(dotted, value)))
     recipe = load(Recipe, table)
-    written = dict(flatten(read_yaml(path.read_text(encoding="utf-8"), str(path))))
-    return Sourced(recipe, {place: _origin(place, set_paths, written, path) for place, _ in flatten(recipe.model_dump())})
+    origins = {place: "default" for place, _ in flatten(recipe.model_dump())}
+    for origin, places in ((path.name, dict(flatten(written))), ("--set", set_paths)):
+        origins |= {place: origin for place in places if place in origins}
+    return Sourced(recipe, origins)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: a recipe is UTF-8 text, this is not (byte {error.start})") from None
 
 
 def assign(table: Table, defaults: Mapping[str, Any], dotted: str, value: Any) -> Table:
@@ -76,10 +88,3 @@ def _at(table: Mapping[str, Any], parts: list[str]) -> Any:
     for part in parts:
         here = here.get(part) if isinstance(here, Mapping) else None
     return here
-
-
-def _origin(place: str, set_paths: Mapping[str, Any], written: Mapping[str, Any], path: Path) -> str:
-    for origin, places in (("--set", set_paths), (path.name, written)):
-        if any(place == known or place.startswith(f"{known}.") for known in places):
-            return origin
-    return "default"

@@ -12,33 +12,45 @@ from lineshaft.pipeline.outcome import Node, Outcome
 from lineshaft.pipeline.page.page import write_page
 from lineshaft.pipeline.recipe import Recipe
 
+LARGE = (".parquet", ".bin", ".starts", ".safetensors")
+"""Payload files that a run itself never reads."""
+
 
 def run(store: Store, recipe: Recipe) -> Outcome:
     """Walk the recipe's steps in order; one that was made before with the same config, inputs and parents is not made again.
 
-    The checkpoint at the end of the line gets the recipe's name as its reference.
+    The checkpoint at the end of the line gets the recipe's name as its reference. Raises Corrupt when something that was
+    made before and is shown or built from now is damaged.
     """
     made: dict[str, Artifact] = {}
     nodes = []
-    for step in plan(recipe):
+    steps = list(plan(recipe))
+    for number, step in enumerate(steps, 1):
         started = time.monotonic()
         request = step.stage.request(step.config, **{role: made[name] for role, name in step.parents.items()})
-        ready = store.find(request.id)
-        say(f"{step.name}: {request.id}{' (made before)' if ready else ''}")
+        ready = reopened(store, request.id)
+        say(f"[{number}/{len(steps)}] {step.name}: {request.id}{' (made before)' if ready else ''}")
         made[step.name] = ready or request.carry_out(store)
         nodes.append(Node(step.name, made[step.name], ready is not None, 0.0 if ready else time.monotonic() - started))
     store.set_ref(recipe.name, made.get("compress", made["train"]).id)
     return Outcome(recipe.name, recipe.train.seed, nodes)
 
 
-def page_path(store: Store, recipe: Recipe) -> Path:
-    """Where the report of a recipe is written."""
-    return store.root / "pages" / f"{recipe.name}.html"
+def reopened(store: Store, artifact_id: str) -> Artifact | None:
+    """The finished artifact, or None. Raises Corrupt when a file that a run looks into by itself is damaged.
+
+    Documents, tokens and weights may be terabytes and are only looked at by their size: stages and the server check them
+    before they work from them.
+    """
+    found = store.find(artifact_id)
+    if found is None:
+        return None
+    names = [item.name for item in [*found.manifest.files, *found.manifest.aside_files]]
+    return store.open(artifact_id, lazy=frozenset(name for name in names if name.endswith(LARGE)))
 
 
 def write_report(store: Store, recipe: Recipe, outcome: Outcome) -> Path:
-    """Draw the HTML report; returns its path."""
-    path = page_path(store, recipe)
-    path.parent.mkdir(exist_ok=True)
+    """Draw the HTML report of a recipe; returns its path."""
+    path = store.root / "pages" / f"{recipe.name}.html"
     write_page(outcome, path)
     return path

@@ -1,9 +1,16 @@
 """The scheduler: which tokens of which requests run in the next step.
 
-`plan` decides, the engine runs the plan, `commit` takes the sampled tokens in. Decoding requests go first, one token
-each; what is left of the step's token budget goes to prompts, in chunks, in order of arrival. Pages are taken as tokens
-come. When none is left, the request that was admitted last gives its pages up and waits at the head of the queue; what it
-has produced is kept and its keys are computed again later.
+`plan` decides, the engine runs the plan, `commit` takes the sampled tokens in. Requests are served in order of admission:
+one token for each that decodes, and what is left of the step's token budget for prompts, in chunks. (A prompt takes all
+that is left, so only the request admitted last can still be reading its own.)
+
+Pages are taken as tokens come. When none is left, the request that was admitted last gives its pages up and waits at the
+head of the queue; what it has produced is kept and its keys are computed again later. A waiting request is admitted when
+there are free pages for all the tokens it has, so one that has just given way does not come straight back to be thrown
+out again.
+
+The first of the running requests never gives way and fits alone, and every step moves it on or gives some request a
+token, so every request ends.
 """
 
 from __future__ import annotations
@@ -68,7 +75,7 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises CacheFull when it could not run even alone, QueueFull when too many wait."""
-        need = self._pages_for(request.limit)
+        need = self._pages_for(request.limit - 1)  # the last token of an answer is never looked back at
         if need > self.pool.pages:
             raise CacheFull(need, self.pool.pages)
         if len(self.waiting) >= self.config.max_waiting:
@@ -84,18 +91,18 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """Decide the next step; takes pages and may preempt, but runs nothing. Empty when there is nothing to do."""
-        chunks: dict[int, Chunk] = {}
+        chunks: list[Chunk] = []
         budget = self.config.step_tokens
-        decoding_first = sorted(self.running, key=lambda r: len(r.tokens) - r.cached > 1)
-        for request in decoding_first:
-            budget -= self._extend(request, budget, chunks)
-        while self.waiting and budget > 0 and len(self.running) < self.config.max_batch:
-            request = self.waiting[0]
-            if self._pages_for(min(len(request.tokens), budget)) > self.pool.free:
-                break
+        for request in list(self.running):
+            if chunk := self._extend(request, budget):
+                chunks.append(chunk)
+                budget -= chunk.last - chunk.first
+        while budget > 0 and self._may_admit():
             self.running.append(self.waiting.popleft())
-            budget -= self._extend(request, budget, chunks)
-        return Plan([chunks[request.number] for request in self.running if request.number in chunks])
+            if chunk := self._extend(self.running[-1], budget):
+                chunks.append(chunk)
+                budget -= chunk.last - chunk.first
+        return Plan(chunks)
 
     def commit(self, plan: Plan, sampled: Sequence[int]) -> list[Emitted]:
         """Record that the plan ran and which token each of `plan.sampling` got; requests that end leave."""
@@ -119,21 +126,23 @@ class Scheduler:
             assert self._pages_for(request.cached) <= len(request.pages) <= self._pages_for(len(request.tokens))
             assert len(request.tokens) < request.limit
 
-    def _extend(self, request: Request, budget: int, chunks: dict[int, Chunk]) -> int:
-        """Plan the request's next tokens, making room if it must; returns how many."""
-        if request not in self.running or budget <= 0:
-            return 0
+    def _may_admit(self) -> bool:
+        room = len(self.running) < self.config.max_batch
+        return room and bool(self.waiting) and self._pages_for(len(self.waiting[0].tokens)) <= self.pool.free
+
+    def _extend(self, request: Request, budget: int) -> Chunk | None:
+        """The request's next tokens, if budget and pages allow; makes room if it must."""
+        if budget <= 0 or request not in self.running:
+            return None
         last = min(len(request.tokens), request.cached + budget)
         missing = self._pages_for(last) - len(request.pages)
         while missing > self.pool.free:
-            victim = self.running[-1]
+            victim = self.running[-1]  # admitted after `request`, so not planned yet; or `request` itself
             self._preempt(victim)
-            chunks.pop(victim.number, None)
             if victim is request:
-                return 0
+                return None
         request.pages += self.pool.take(max(0, missing))
-        chunks[request.number] = Chunk(request, request.cached, last)
-        return last - request.cached
+        return Chunk(request, request.cached, last)
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)

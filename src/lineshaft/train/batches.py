@@ -40,7 +40,8 @@ class RowReader:
 
     def __init__(self, stream: TokenStream, row: int) -> None:
         if len(stream) <= row:
-            raise TrainingError(f"the text has {len(stream)} tokens, fewer than one row of {row}: give more text or a smaller sequence_tokens")
+            told = "give more text or a smaller sequence_tokens"
+            raise TrainingError(f"the text has {len(stream)} tokens, too few for one row of {row} and its targets: {told}")
         self.stream, self.row = stream, row
         self.rows = (len(stream) - 1) // row
         self._starts = stream.starts()
@@ -57,8 +58,11 @@ class RowReader:
         starts = np.flatnonzero(begins[:, :-1])
         lengths = np.diff(starts, append=len(rows) * self.row)
         positions = np.arange(len(rows) * self.row) - np.repeat(starts, lengths)
-        flat = (tokens[:, :-1].reshape(-1), positions, targets.reshape(-1), starts)
-        return Batch(*(torch.from_numpy(np.ascontiguousarray(part)) for part in flat), row=self.row)
+        return Batch(_tensor(tokens[:, :-1]), _tensor(positions), _tensor(targets), _tensor(starts), row=self.row)
+
+
+def _tensor(numbers: npt.NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(numbers.reshape(-1)))  # rows of one token reshape to a view with gaps
 
 
 class ShuffledRows:

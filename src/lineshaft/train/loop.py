@@ -47,7 +47,8 @@ class LoopConfig(Config):
     @model_validator(mode="after")
     def _entries_are_whole(self) -> LoopConfig:
         if self.save_every % self.log_every:
-            raise ValueError(f"save_every {self.save_every} must be a multiple of log_every {self.log_every}, or a resumed history would differ")
+            reason = "or a resumed history would differ"
+            raise ValueError(f"save_every {self.save_every} must be a multiple of log_every {self.log_every}, {reason}")
         return self
 
 
@@ -78,7 +79,7 @@ def native_precision() -> Precision:
 def run(model: Decoder, batches: Batches, objective: Objective, config: LoopConfig, scratch: Path) -> Trained:
     """Train `model` in place. States go to `scratch`; an interrupted run continues there to the same bits.
 
-    `config.precision` must be settled. Raises TrainingError when the loss is no longer a number.
+    `config.precision` must be settled. Raises TrainingError when loss or gradient are no longer numbers.
     """
     assert config.precision != "auto"
     _keep_freed_memory()
@@ -106,15 +107,18 @@ def _step(
     """One optimiser step; (summed loss, number of targets, number of tokens, gradient norm before clipping)."""
     parts = [batches[step * config.accumulate + part] for part in range(config.accumulate)]
     targets = sum(int((part.targets_T != IGNORE).sum()) for part in parts)
+    if not targets:
+        raise TrainingError(f"step {step + 1} has nothing to predict, each of its tokens ends a document: raise sequence_tokens or rows")
     total = 0.0
     for part in parts:
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
             loss = objective(model, part)
         (loss / targets).backward()  # type: ignore[no-untyped-call]
         total += loss.item()
-    if not math.isfinite(total):
-        raise TrainingError(f"the loss is {total} at step {step + 1}: lower optimiser.peak_lr, or lengthen warmup_share; nothing was saved of this step")
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimiser.clip_norm).item()
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        told = "lower optimiser.peak_lr or raise optimiser.warmup_share; nothing was saved of this step"
+        raise TrainingError(f"step {step + 1} has a loss of {total / targets} and a gradient norm of {norm}: {told}")
     for group in optimiser.param_groups:
         group["lr"] = adamw.learning_rate(config.optimiser, step, config.steps)
     optimiser.step()

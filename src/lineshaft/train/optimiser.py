@@ -33,7 +33,8 @@ class OptimiserConfig(Config):
 
 def build(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
     """AdamW over the model's parameters, matrices with weight decay, the rest without."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decayed if parameter.ndim >= 2 and "embed_tokens" not in name else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]

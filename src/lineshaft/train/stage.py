@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from lineshaft.base.config import Config
 from lineshaft.base.errors import ConfigError
@@ -42,7 +42,7 @@ class TrainConfig(Config):
 
     model: Architecture = SMALL_DEEPSEEK
     """Shape of the model; the vocabulary comes from the tokenizer."""
-    seed: int = 1
+    seed: int = Field(1, ge=0, lt=2**63)
     """Decides fresh weights and the order of the text."""
     sequence_tokens: PositiveInt = 256
     """Tokens in a row; documents are packed into rows and never see each other."""
@@ -56,7 +56,8 @@ def _settle(config: TrainConfig, parents: Mapping[str, Artifact]) -> TrainConfig
     if tokens.manifest.parents["tokenizer"] != tokenizer.id:
         raise ConfigError(f"train: {tokens.id} was made with {tokens.manifest.parents['tokenizer']}, not with {tokenizer.id}")
     if config.sequence_tokens > config.model.max_position_embeddings:
-        raise ConfigError(f"train: sequence_tokens {config.sequence_tokens} exceeds the model's max_position_embeddings")
+        most = config.model.max_position_embeddings
+        raise ConfigError(f"train: sequence_tokens {config.sequence_tokens} exceeds the model's max_position_embeddings {most}: change one")
     if config.loop.precision != "auto":
         return config
     return config.model_copy(update={"loop": config.loop.model_copy(update={"precision": loop.native_precision()})})
@@ -75,7 +76,8 @@ def _build(draft: Draft, config: TrainConfig) -> None:
     _write_history(draft.root, trained.history)
     cost = cost_of(model_config)
     draft.facts |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters, "format": "dense"}
-    draft.facts |= {"tokens": trained.tokens, "epochs": trained.tokens / facts["train"]["tokens"], "final_loss": trained.history[-1]["loss"]}
+    draft.facts |= {"tokens": trained.tokens, "epochs": trained.tokens / facts["train"]["tokens"]}
+    draft.facts["final_loss"] = trained.history[-1]["loss"]
     draft.aside |= {"train_seconds": trained.seconds, "threads": torch.get_num_threads()}
     if trained.fresh_tokens:
         draft.aside["tokens_per_second"] = trained.fresh_tokens / trained.seconds

@@ -11,19 +11,22 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from lineshaft.base import files
 from lineshaft.base.config import load
-from lineshaft.base.errors import LineshaftError
+from lineshaft.base.errors import Corrupt, LineshaftError
 from lineshaft.base.terminal import say
 from lineshaft.model.decoder import Decoder
 
 KEEP = 2
 """States kept: the newest, and one to fall back on."""
+
+_FILES = ("state.safetensors", "state.json")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each parameter; `step` lags where an expert got no token, and so no gradient, in some steps."""
 
 History = list[dict[str, float]]
 
@@ -32,11 +35,11 @@ def save(folder: Path, step: int, model: Decoder, optimiser: torch.optim.AdamW, 
     """Write the state after `step` steps; a crash at any moment leaves the earlier states usable."""
     draft, final = folder / f".step-{step:08d}.part", folder / f"step-{step:08d}"
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     with files.full_disk_told(folder):
+        draft.mkdir(parents=True)
         save_file(_tensors(model, optimiser), draft / "state.safetensors")
         (draft / "state.json").write_text(json.dumps({"step": step, "history": history}))
-        records = [files.record(draft, name).model_dump() for name in ("state.safetensors", "state.json")]
+        records = [files.record(draft, name).model_dump() for name in _FILES]
         files.sync_tree(draft)
         files.write_atomic(draft / "files.json", json.dumps(records).encode())
         draft.rename(final)
@@ -49,15 +52,22 @@ def restore(folder: Path, model: Decoder, optimiser: torch.optim.AdamW) -> tuple
     """Load the newest undamaged state into model and optimiser; (steps done, history), or (0, []) when there is none."""
     for state in reversed(_complete(folder)):
         try:
-            for item in json.loads((state / "files.json").read_text()):
-                files.verify(state, load(files.FileRecord, item))
+            _verify(state)
         except (LineshaftError, ValueError, OSError) as error:
             say(f"resume: {state.name} is damaged, going back to the one before: {error}")
             continue
         about = json.loads((state / "state.json").read_text())
-        _put_back(load_file(state / "state.safetensors"), int(about["step"]), model, optimiser)
+        _put_back(load_file(state / "state.safetensors"), model, optimiser)
         return int(about["step"]), about["history"]
     return 0, []
+
+
+def _verify(state: Path) -> None:
+    records = json.loads((state / "files.json").read_text())
+    if not isinstance(records, list) or [item.get("name") for item in records] != list(_FILES):
+        raise Corrupt(f"{state / 'files.json'}: does not list {' and '.join(_FILES)}")
+    for item in records:
+        files.verify(state, load(files.FileRecord, item))
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -67,14 +77,13 @@ def _complete(folder: Path) -> list[Path]:
 def _tensors(model: Decoder, optimiser: torch.optim.AdamW) -> dict[str, torch.Tensor]:
     moments: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
-        state = optimiser.state[parameter]
-        moments |= {f"first_moment.{name}": state["exp_avg"], f"second_moment.{name}": state["exp_avg_sq"]}
+        if state := optimiser.state.get(parameter):  # none as long as no token has come to an expert
+            moments |= {f"{key}.{name}": state[key] for key in _MOMENTS}
     return {f"model.{name}": tensor for name, tensor in model.state_dict().items()} | moments
 
 
-def _put_back(tensors: dict[str, torch.Tensor], step: int, model: Decoder, optimiser: torch.optim.AdamW) -> None:
+def _put_back(tensors: dict[str, torch.Tensor], model: Decoder, optimiser: torch.optim.AdamW) -> None:
     model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
     for name, parameter in model.named_parameters():
-        state: dict[str, Any] = {"step": torch.tensor(float(step))}
-        state["exp_avg"], state["exp_avg_sq"] = tensors[f"first_moment.{name}"], tensors[f"second_moment.{name}"]
-        optimiser.state[parameter] = state
+        if f"step.{name}" in tensors:
+            optimiser.state[parameter] = {key: tensors[f"{key}.{name}"] for key in _MOMENTS}

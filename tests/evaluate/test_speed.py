@@ -1,0 +1,77 @@
+"""Speed is measured in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lineshaft.base.config import load
+from lineshaft.base.errors import ConfigError, EngineError
+from lineshaft.base.store import Artifact
+from lineshaft.engine.loop import EngineConfig
+from lineshaft.evaluate.speed import SpeedConfig, measure, quantile
+
+WORKLOAD = SpeedConfig(prompt_tokens=8, output_tokens=4, requests=3, batch=5)
+PROMPTS = [[2 + (n + place) % 26 for place in range(8)] for n in range(5)]
+
+
+def test_a_workload_is_measured(parents: dict[str, Artifact]) -> None:
+    speed = measure(parents["checkpoint"].root, WORKLOAD, EngineConfig(), PROMPTS)
+    assert len(speed.first_token) == len(speed.latency) == 3
+    assert all(0 < first < last < 30 for first, last in zip(speed.first_token, speed.latency, strict=True))
+    assert 0 < speed.batch_seconds < 30
+    assert 0 < speed.load_seconds < 60
+    assert 50e6 < speed.peak_memory_bytes < 2e9
+    assert speed.threads >= 1
+
+
+def test_a_large_parent_does_not_count(parents: dict[str, Artifact]) -> None:
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from lineshaft.engine.loop import EngineConfig\n"
+        "from lineshaft.evaluate.speed import SpeedConfig, measure\n"
+        "def peak():\n"
+        "    work = SpeedConfig(requests=1, batch=1, output_tokens=2)\n"
+        "    return measure(Path(sys.argv[1]), work, EngineConfig(), [[2]]).peak_memory_bytes\n"
+        "small = peak()\n"
+        "ballast = b'x' * (200 << 20)\n"
+        "print(small, peak(), len(ballast))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, parents["checkpoint"].root], capture_output=True, text=True, check=True)
+    small, large, _ = map(int, done.stdout.split())
+    assert large < small + (60 << 20)
+
+
+def test_a_folder_that_can_not_be_loaded_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"measuring .* failed: .*: no config.json here; a checkpoint is a Hugging Face folder") as failed:
+        measure(tmp_path, WORKLOAD, EngineConfig(), PROMPTS)
+    assert "\n" not in str(failed.value)
+    assert "lineshaft.base.errors" not in str(failed.value)
+
+
+def test_a_process_that_dies_without_a_word_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(EngineError, match="its process ended with status 1 and said nothing"):
+        measure(tmp_path, WORKLOAD, EngineConfig(), PROMPTS)
+
+
+def test_one_token_has_no_speed_of_decoding() -> None:
+    with pytest.raises(ConfigError, match='"output_tokens"'):
+        load(SpeedConfig, {"output_tokens": 1})
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30), st.floats(0, 1))
+def test_quantiles_are_numpys(samples: list[float], share: float) -> None:
+    assert quantile(samples, share) == float(np.quantile(np.array(samples), share))
+
+
+def test_half_of_the_samples_lie_below_the_median() -> None:
+    assert quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
+    assert quantile([1.0, 2.0], 0.99) == pytest.approx(1.99)
