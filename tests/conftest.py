@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in child processes: tiny models lose by threads
+
 from collections.abc import Callable, Mapping
 from typing import Any
 

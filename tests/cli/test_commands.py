@@ -381,6 +381,13 @@ def test_a_reader_that_goes_away_is_no_error_to_talk_about(line: Line, args: lis
         assert child.wait(60) == 1
 
 
+def test_a_reference_to_what_was_deleted_says_so(line: Line, store: Path) -> None:
+    shutil.rmtree(store / "artifacts" / line.id("compress"))
+    for given in (["serve", "tiny"], ["show", "tiny"], ["compress", "tiny"]):
+        code, told = call(*given, "--store", store)
+        assert (code, f"{line.id('compress')}" in told and "no longer in" in told) == (4, True), told
+
+
 def test_a_store_that_cannot_be_made_is_told_in_words(line: Line, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     code, told = call("run", line.recipe, "--store", tmp_path / "file")

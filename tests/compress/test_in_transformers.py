@@ -16,6 +16,7 @@ from lineshaft.model.decoder import Decoder
 from lineshaft.ops.formats import DENSE
 
 FORMS = [None, 4]
+pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +73,7 @@ def test_with_experts_they_are_ours_but_for_the_half_precision_of_their_experts(
 
 @pytest.mark.parametrize("group", FORMS)
 @pytest.mark.parametrize("name", ["llama", "deepseek"])
-def test_unpacked_at_load_time_it_is_the_same_model(
-    name: str, group: int | None, compressed: Callable[..., tuple[Decoder, Path]]
-) -> None:
+def test_unpacked_at_load_time_it_is_the_same_model(name: str, group: int | None, compressed: Callable[..., tuple[Decoder, Path]]) -> None:
     ours, folder = compressed(name, group)
     theirs = loaded(folder, dequantize=True).logits(prompt(20))
     assert agree(logits_of(in_half_precision(ours, ""), prompt(20)), theirs, 1e-4)

@@ -92,6 +92,10 @@ def test_equally_likely_tokens_enter_top_p_in_the_order_of_their_ids() -> None:
     assert (truncated(torch.zeros(8), Sampling(top_p=0.3)) > 0).tolist() == [True] * 3 + [False] * 5
 
 
+def test_top_p_stops_as_soon_as_it_is_reached() -> None:
+    assert (truncated(torch.zeros(4), Sampling(top_p=0.5)) > 0).tolist() == [True, True, False, False]
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 5e-324])
 def test_the_coldest_temperature_takes_the_most_likely_token_and_never_breaks(temperature: float) -> None:
     values = torch.tensor([-40.0, 900.0, 899.0, -1e30])

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from toys import Theirs, logits_of, prompt
 
 from lineshaft.base.errors import BadCheckpoint, ConfigError, Corrupt, LineshaftError, UnsupportedModel
-from lineshaft.base.store import Artifact, Store
+from lineshaft.base.store import Artifact, Draft, Store
 from lineshaft.model import checkpoint
+from lineshaft.model.adopt import ADOPT, AdoptConfig
 from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32, save_checkpoint, weights_bytes
 from lineshaft.ops.formats import Int8
 
@@ -253,3 +254,13 @@ def test_another_kind_of_artifact_is_no_checkpoint(tmp_path: Path, make: Callabl
     root = make(Store(tmp_path / "store"), {"documents.jsonl": b"{}\n"}, kind="corpus").root
     with pytest.raises(LineshaftError, match="kind corpus, not a checkpoint"):
         load_checkpoint(root)
+
+
+def test_a_damaged_artifact_is_not_adopted(artifact: Path, tmp_path: Path) -> None:
+    raw = bytearray((artifact / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (artifact / "model.safetensors").write_bytes(raw)
+    (tmp_path / "draft").mkdir()
+    with pytest.raises(Corrupt, match=r"model.safetensors: block 0"):
+        ADOPT.build(Draft(tmp_path / "draft"), AdoptConfig(folder=str(artifact)))
+    assert list((tmp_path / "draft").iterdir()) == []

@@ -53,7 +53,7 @@ _REPORT = (
     Metric(
         "peak_memory_bytes", "Highest resident memory of a fresh process that loads the model and answers", "bytes", "lower", measured=True
     ),
-    Metric("load_seconds", "From a started process to a model that can answer", "s", "lower", measured=True),
+    Metric("load_seconds", "Reading and building the model in a process that already runs", "s", "lower", measured=True),
     Metric("prefill_tokens_per_second", "Prompt tokens read in one pass over its time", "tokens/s", "higher", measured=True),
     Metric(
         "decode_tokens_per_second",

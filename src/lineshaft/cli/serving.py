@@ -12,6 +12,7 @@ from lineshaft.base.errors import ConfigError, NotFound
 from lineshaft.base.store import Store
 from lineshaft.cli.options import DEFAULT_STORE, StoreOption
 from lineshaft.engine.loop import EngineConfig
+from lineshaft.pipeline.run import reopened
 from lineshaft.serve.server import ServeConfig, run_server
 
 SECTIONS = ("server", "engine")
@@ -42,7 +43,7 @@ def serve(
 def checkpoint_folder(path: str, store: Path) -> tuple[Path, str]:
     """The folder behind a path, a reference or an artifact id, and the name to serve it under.
 
-    Every byte of an artifact is checked. Raises NotFound, Corrupt, or ConfigError for an artifact that is no checkpoint.
+    Raises NotFound, Corrupt, or ConfigError for an artifact that is no checkpoint. Its weights are checked when they are loaded.
     """
     folder = Path(path)
     if (folder / "config.json").is_file():
@@ -51,7 +52,10 @@ def checkpoint_folder(path: str, store: Path) -> tuple[Path, str]:
         raise NotFound(f"{folder}: no config.json here; a checkpoint is a Hugging Face folder with config.json and safetensors")
     if not store.is_dir():
         raise NotFound(f'"{path}": no folder with a config.json, and there is no store at {store} to look it up in (name one with --store)')
-    found = Store(store).open(path)
+    kept = Store(store)
+    found = reopened(kept, kept.resolve(path))
+    if found is None:
+        raise NotFound(f"{path}: points to {kept.resolve(path)}, which is no longer in {kept.root}")
     if found.manifest.kind != "checkpoint":
         raise ConfigError(f"{found.id} is a {found.manifest.kind}: only a checkpoint can be served")
     return found.root, path

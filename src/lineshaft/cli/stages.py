@@ -89,9 +89,7 @@ def _arguments(command: Command) -> list[inspect.Parameter]:
         if role == command.main:
             found.append(_parameter(role, Annotated[str, typer.Argument(help=f"{text}.")]))
         else:
-            option = typer.Option(
-                f"--{role}", metavar="ARTIFACT", help=f"{text}; by default the one behind the {command.main}."
-            )
+            option = typer.Option(f"--{role}", metavar="ARTIFACT", help=f"{text}; by default the one behind the {command.main}.")
             found.append(_parameter(role, Annotated[str | None, option], None))
     return found
 

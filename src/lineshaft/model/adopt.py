@@ -14,7 +14,7 @@ from lineshaft.base.files import record
 from lineshaft.base.manifest import FILE_NAME
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Draft
-from lineshaft.model.checkpoint import TOKENIZER_FILES, load_checkpoint
+from lineshaft.model.checkpoint import TOKENIZER_FILES, check_artifact, load_checkpoint
 from lineshaft.model.cost import cost_of
 from lineshaft.text.tokenizer import Tokenizer
 

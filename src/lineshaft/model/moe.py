@@ -98,7 +98,6 @@ def permuted(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
 
 
 class _Permute(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(back)

@@ -35,7 +35,7 @@ def kernel(op: str, x: Tensor) -> Kernel:
 
 
 def chosen(device: str) -> dict[str, str]:
-    """Op to the module its kernel comes from, for the start-up line."""
+    """Op to the module its kernel comes from; the server prints it when it starts."""
     return {op: run.__module__.rsplit(".", 1)[-1] for op, run in sorted(BY_DEVICE.get(device, REFERENCE).items())}
 
 

@@ -45,4 +45,6 @@ class Telling:
 async def texts(ticket: Ticket, telling: Telling) -> AsyncIterator[str]:
     """The answer's text in pieces, "" where a token showed nothing. Raises the error that ended the request."""
     while telling.finish is None:
-        yield telling.push(await ticket.next())
+        text = telling.push(await ticket.next())
+        ticket.answered = telling.finish is not None
+        yield text

@@ -23,6 +23,7 @@ from lineshaft.base.config import Config, merge
 from lineshaft.base.errors import ConfigError
 from lineshaft.base.terminal import say
 from lineshaft.engine.loop import Engine, EngineConfig
+from lineshaft.ops.table import chosen
 from lineshaft.serve.api import Api
 from lineshaft.serve.metrics import Metrics
 from lineshaft.serve.worker import Served, Worker
@@ -74,6 +75,7 @@ def serve_until_stopped(load: Callable[[], Served], model: str, config: ServeCon
     worker = Worker(load, metrics, config.max_waiting, on_ready=lambda seconds: say(f"ready in {seconds:.1f} s"))
     with _listening(config) as listener:
         port = listener.getsockname()[1]
+        say(f"kernels: {', '.join(f'{op} {origin}' for op, origin in chosen('cpu').items())}")
         say(f"listening on http://{f'[{config.host}]' if ':' in config.host else config.host}:{port}")
         on_listening(port)
         _Server(worker, Api(worker, model, metrics, config.max_body_bytes), config).run([listener])

@@ -96,6 +96,8 @@ class Ticket:
     """When the latest token came, on the monotonic clock."""
     waits: bool = True
     """No step has worked on it yet."""
+    answered: bool = False
+    """Its answer is complete; the engine need not go on after a stop string."""
     ended: bool = False
     """Nothing more will come for it."""
 
@@ -269,7 +271,9 @@ class Worker:
         for ticket in tickets:
             if not ticket.ended:
                 engine.cancel(ticket.number)
-                self._end(ticket, "abort")
+                if ticket.answered and ticket.last_token is not None:
+                    self._metrics.observe("vllm:e2e_request_latency_seconds", ticket.last_token - ticket.arrived)
+                self._end(ticket, "stop" if ticket.answered else "abort")
 
     def _note_started(self, began: float, waiting: int, emitted: set[int]) -> None:
         """Find out which requests the step was the first to work on: all but the last ones in, as many as still wait."""

@@ -71,7 +71,7 @@ class _Namespace(jinja2.utils.Namespace):
 class _GenerationBlock(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}` marks what the assistant wrote, for training masks; here it only renders."""
 
-    tags = {"generation"}  # noqa: RUF012 - Jinja's declaration
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

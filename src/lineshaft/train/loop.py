@@ -72,7 +72,7 @@ class Trained:
 
 
 def native_precision() -> Precision:
-    """bfloat16 where it is faster than float32 on this processor: measured so with AMX tiles only (docs/log.md)."""
+    """bfloat16 where the processor has AMX tiles. Without them it was measured slower than float32 (docs/log.md)."""
     return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
 
 
@@ -151,7 +151,7 @@ _mallopt: Callable[[int, int], int] | None = getattr(ctypes.CDLL(None), "mallopt
 def _keep_freed_memory() -> None:
     """Let glibc keep large freed blocks instead of returning them to the system at each step.
 
-    Training frees and asks for the same sizes over and over; handing fresh zeroed pages out cost a fifth of a step. Other
+    Training frees and asks for the same sizes over and over; handing fresh zeroed pages out cost an eighth of a step (docs/log.md). Other
     allocators have no such switch, and then nothing is changed.
     """
     if _mallopt is not None:

@@ -1,6 +1,6 @@
 """What a run needs to go on after it was killed: weights, optimiser moments, step, history. No pickle.
 
-    <folder>/step-00000100/    state.safetensors, state.json, manifest (file hashes), written aside and renamed into place
+    <folder>/step-00000100/    state.safetensors, state.json, files.json (their hashes), written aside and renamed into place
 
 The newest complete state is used; a damaged one is named on the terminal and the one before it is used instead: training
 is deterministic, so that costs time and changes nothing.
@@ -55,6 +55,7 @@ def restore(folder: Path, model: Decoder, optimiser: torch.optim.AdamW) -> tuple
             _verify(state)
         except (LineshaftError, ValueError, OSError) as error:
             say(f"resume: {state.name} is damaged, going back to the one before: {error}")
+            shutil.rmtree(state)  # else it would stand where this run will save, and count as one of those kept
             continue
         about = json.loads((state / "state.json").read_text())
         _put_back(load_file(state / "state.safetensors"), model, optimiser)
