@@ -19,10 +19,10 @@ demo: .venv/.installed
 	$(BIN)/lineshaft run recipes/quickstart.yaml
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n auto -m 'not slow'
 
 test-all: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check src tests benchmarks
