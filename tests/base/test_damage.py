@@ -220,7 +220,7 @@ def test_a_record_does_not_depend_on_how_much_one_read_returns(tmp_path_factory:
 
     buffer = memoryview(bytearray(100))
     file, got = Short(), b""
-    while filled := files._fill(file, buffer):  # type: ignore[arg-type]
+    while filled := files._fill(file, buffer):
         assert filled == 100 or len(got) + filled == len(content)
         got += bytes(buffer[:filled])
     assert got == content

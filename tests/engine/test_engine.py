@@ -71,9 +71,9 @@ def test_greedy_answers_are_those_of_the_plain_model(model: Decoder, forward: Fo
     def counted(request: object) -> None:
         nonlocal preempted
         preempted += 1
-        preempt(request)  # type: ignore[arg-type]
+        preempt(request)
 
-    engine.scheduler._preempt = counted  # type: ignore[method-assign]
+    engine.scheduler._preempt = counted
     prompts = dict(enumerate(prompts_of(9), 1))
     for prompt in prompts.values():
         engine.submit(prompt, Sampling(max_tokens=25, temperature=0))

@@ -49,7 +49,7 @@ def dictionary(tokens: list[int]) -> dict[tuple[int, int], float]:
 def test_chances_are_the_dictionarys_and_sum_to_one_after_seen_and_unseen_tokens(tokens: list[int], chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bigram, "CHUNK", chunk)  # pairs across the border of two chunks count as well
-        model = Bigram(Listed(tokens), VOCABULARY)  # type: ignore[arg-type]
+        model = Bigram(Listed(tokens), VOCABULARY)
     before, after = (part.ravel() for part in np.meshgrid(range(VOCABULARY), range(VOCABULARY), indexing="ij"))
     seen = np.exp(model.log_prob(before, after))
     np.testing.assert_allclose(seen.reshape(VOCABULARY, -1).sum(1), 1.0, rtol=1e-12)
@@ -59,5 +59,5 @@ def test_chances_are_the_dictionarys_and_sum_to_one_after_seen_and_unseen_tokens
 
 def test_a_large_vocabulary_does_not_overflow() -> None:
     last = 4_000_000
-    model = Bigram(Listed([last - 1, last - 1, last - 1]), last)  # type: ignore[arg-type]
+    model = Bigram(Listed([last - 1, last - 1, last - 1]), last)
     assert math.exp(model.log_prob(np.array([last - 1]), np.array([last - 1]))[0]) == pytest.approx(1.25 / 2, rel=1e-5)

@@ -85,7 +85,7 @@ def test_a_package_file_holds_its_docstring_and_nothing_else(path: Path) -> None
 
 
 def test_every_package_stands_on_a_floor() -> None:
-    (floors,) = [contract["layers"] for contract in settings()["contracts"] if contract["type"] == "layers"]  # type: ignore[attr-defined]
+    (floors,) = [contract["layers"] for contract in settings()["contracts"] if contract["type"] == "layers"]
     standing = {name.strip() for floor in floors for name in floor.split("|")}
     packages = {path.name for path in PACKAGE.iterdir() if path.is_dir() and list(path.rglob("*.py"))}
     assert packages - standing == set()
@@ -121,7 +121,7 @@ def test_every_error_is_in_the_tree() -> None:
                 "OSError",
             }
             if bases & ours and path != Path(errors.__file__):
-                strays.append(f"{name_of(path)}: {node.name}")  # type: ignore[attr-defined]
+                strays.append(f"{name_of(path)}: {node.name}")
     assert strays == []
 
 

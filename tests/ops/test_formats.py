@@ -199,4 +199,4 @@ def test_a_broken_description_is_refused(path: str, value: Any) -> None:
 def test_a_description_that_is_no_table_is_refused() -> None:
     for broken in ([], "int8", 8):
         with pytest.raises(BadCheckpoint, match="quantization_config"):
-            from_compressed_tensors(broken, ["a"])  # type: ignore[arg-type]
+            from_compressed_tensors(broken, ["a"])

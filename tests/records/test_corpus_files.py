@@ -78,4 +78,4 @@ def test_documents_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (made,) = store.all()
     reading = read_corpus(store.open(made.id))
     assert next(reading).id == "0"
-    reading.close()  # type: ignore[attr-defined]
+    reading.close()

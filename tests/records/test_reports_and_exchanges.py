@@ -27,7 +27,7 @@ TIMED = sorted(name for name, item in CATALOGUE.items() if item.measured)
 
 def written(folder: Path, fill: Callable[[Draft], None], kind: str = "report") -> Artifact:
     store = Store(folder)
-    with store.draft(kind, stage="s", version=1, config={}) as draft:  # type: ignore[arg-type]
+    with store.draft(kind, stage="s", version=1, config={}) as draft:
         assert isinstance(draft, Draft)
         fill(draft)
     (made,) = store.all()

@@ -32,7 +32,7 @@ CONFIG = letter_line.config(steps=8, save_every=2)
 steps: list[int] = []
 """The steps that this process did."""
 _plain_step = loop._step
-loop._step = lambda *args: steps.append(args[-1]) or _plain_step(*args)  # type: ignore[func-returns-value]
+loop._step = lambda *args: steps.append(args[-1]) or _plain_step(*args)
 
 
 def train(folder: Path) -> list[Any]:
@@ -72,7 +72,7 @@ def trap(where: str, n: int) -> None:
     elif where == "checkpoint":
         stage.save_checkpoint = countdown.during(stage.save_checkpoint, lambda *_: True)
     else:
-        NextToken.__call__ = countdown.during(NextToken.__call__, lambda *_: True)  # type: ignore[method-assign]
+        NextToken.__call__ = countdown.during(NextToken.__call__, lambda *_: True)
 
 
 def in_a_fork(work: Callable[[], object], answer: Path) -> Any:

@@ -70,7 +70,7 @@ def tokens(store: Store, letters: Artifact, train: list[list[int]], heldout: lis
     with store.draft("tokens", stage="by_hand", version=version, config={}, parents={"tokenizer": letters}) as draft:
         if isinstance(draft, Draft):
             for split, texts in (("train", train), ("heldout", heldout)):
-                counts = write_split(draft, split, iter(texts), VOCABULARY)  # type: ignore[arg-type]
+                counts = write_split(draft, split, iter(texts), VOCABULARY)
                 draft.facts[split] = counts | {"bytes": sum(len(text) - 2 for text in texts)}
             draft.facts |= {"vocab_size": VOCABULARY, "bos_id": BOS, "eos_id": EOS}
             draft.facts["tokenizer_sha256"] = hashlib.sha256(letters.path("tokenizer.json").read_bytes()).hexdigest()

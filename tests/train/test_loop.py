@@ -144,7 +144,7 @@ def broken_at(step: int, value: float) -> object:
 
 def test_a_loss_that_is_no_number_ends_the_run(line: Line, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"step 4 has a loss of nan .* lower optimiser.peak_lr"):
-        loop.run(fresh(), batches_of(line), broken_at(3, math.nan), config(), tmp_path)  # type: ignore[arg-type]
+        loop.run(fresh(), batches_of(line), broken_at(3, math.nan), config(), tmp_path)
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_though_the_loss_is_one(line: Line, tmp_path: Path) -> None:

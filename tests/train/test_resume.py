@@ -170,7 +170,7 @@ def test_a_resumed_run_counts_its_own_tokens_and_all_tokens(line: Line, monkeypa
     stop_at_step(10, monkeypatch, line)
     seen: list[loop.Trained] = []
     plain = loop.run
-    monkeypatch.setattr(loop, "run", lambda *args: seen.append(plain(*args)) or seen[-1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(loop, "run", lambda *args: seen.append(plain(*args)) or seen[-1])
     made = PRETRAIN(store, CONFIG, **parents)
     assert (seen[0].tokens, seen[0].fresh_tokens) == (12 * 32, 4 * 32)
     assert made.manifest.facts["tokens"] == 12 * 32

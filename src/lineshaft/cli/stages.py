@@ -74,7 +74,7 @@ def _function(command: Command) -> Callable[..., None]:
         made = command.stage(store, config, **parents)
         print(json.dumps({"id": made.id, "path": str(made.root), "facts": made.manifest.facts}, ensure_ascii=False) if as_json else made.id)
 
-    carry_out.__signature__ = inspect.Signature([*_arguments(command), *_options(command.stage.config), *_common()])  # type: ignore[attr-defined]  # Typer reads it
+    carry_out.__signature__ = inspect.Signature([*_arguments(command), *_options(command.stage.config), *_common()])  # type: ignore[attr-defined]  # functions have it, mypy does not know; Typer reads it
     return carry_out
 
 
