@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from lineshaft.model.attend import PackedCausal
-from lineshaft.model.config import GroupedQueryAttention, LatentAttention, MixtureOfExperts, ModelConfig
+from lineshaft.model.config import GroupedQueryAttention, Indexer, LatentAttention, MixtureOfExperts, ModelConfig
 from lineshaft.model.decoder import Decoder
+from lineshaft.ops.reach import Blocks, Window
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))  # pytest's importlib mode does not find helpers elsewhere
 
 VOCABULARY = 61
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 96, "vocab_size": VOCABULARY}
@@ -21,7 +26,23 @@ SHAPES = {
         ),
         "moe": MixtureOfExperts(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1),
     },
-    "mistral": {"attention": GroupedQueryAttention(**_GQA, sliding_window=9)},
+    "deepseek_v32": {
+        "attention": LatentAttention(
+            num_attention_heads=2,
+            q_lora_rank=12,
+            kv_lora_rank=16,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=4,
+            v_head_dim=6,
+            indexer=Indexer(num_heads=8, head_dim=8, top_k=7),
+        ),
+        "moe": MixtureOfExperts(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1),
+    },
+    "mistral": {"attention": GroupedQueryAttention(**_GQA), "reach": [Window(window=9)]},
+    "llama": {
+        "attention": GroupedQueryAttention(**_GQA),
+        "reach": [Window(window=6, global_tokens=3), Blocks(block=4, local_blocks=2, stride=3)],
+    },
     "qwen3": {"attention": GroupedQueryAttention(**_GQA, qk_norm=True), "tie_word_embeddings": True},
 }
 
@@ -41,7 +62,7 @@ def tiny() -> Callable[..., Decoder]:
 
 @pytest.fixture(params=SHAPES)
 def model(request: pytest.FixtureRequest) -> Decoder:
-    """One of each kind of attention: latent with experts, grouped with a window, grouped with head norms."""
+    """One of each kind of attention: latent, latent with an indexer, grouped with a window, with a mixture, with head norms."""
     return _tiny(request.param)
 
 

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from toys import Theirs, logits_of, prompt
+from toys import Theirs, agree, logits_of, prompt
 
-from lineshaft.base.errors import BadCheckpoint, ConfigError, Corrupt, LineshaftError, UnsupportedModel
+from lineshaft.base.errors import BadCheckpoint, ConfigError, Corrupt, LineshaftError
 from lineshaft.base.store import Artifact, Draft, Store
 from lineshaft.model import checkpoint
 from lineshaft.model.adopt import ADOPT, AdoptConfig
-from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32, save_checkpoint, weights_bytes
+from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32, save_checkpoint
 from lineshaft.ops.formats import Int8
 
 Get = Callable[[str], Theirs]
@@ -41,20 +42,6 @@ def configure(folder: Path, **change: Any) -> None:
     (folder / "config.json").write_text(json.dumps(content | change))
 
 
-def shard(folder: Path, edit: Callable[[dict[str, Any]], object] = lambda index: None) -> None:
-    """The same weights in two files and an index."""
-    tensors = load_file(folder / "model.safetensors")
-    names, place = sorted(tensors), {}
-    for number, part in enumerate((names[::2], names[1::2])):
-        file = f"model-{number + 1:05d}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, folder / file)
-        place |= dict.fromkeys(part, file)
-    (folder / "model.safetensors").unlink()
-    index = {"metadata": {}, "weight_map": place}
-    edit(index)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -76,12 +63,6 @@ def test_tensors_that_do_not_fit_are_named(folder: Path, change: Callable[[Tenso
 def test_mixed_dtypes_load_once_one_is_asked_for(folder: Path) -> None:
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"].bfloat16()}))
     assert logits_of(load_checkpoint(folder, dtype=torch.float32), prompt(5)).dtype == torch.float32
-
-
-def test_multi_token_prediction_layers_are_refused(folder: Path) -> None:
-    rewrite(folder, lambda t: t.update({"model.layers.3.eh_proj.weight": torch.zeros(2, 2)}))
-    with pytest.raises(UnsupportedModel, match="multi-token-prediction"):
-        load_checkpoint(folder)
 
 
 def test_one_layer_too_many_in_another_family_is_no_prediction_layer(theirs: Get, tmp_path: Path) -> None:
@@ -126,35 +107,6 @@ def test_a_folder_without_config_or_weights_or_no_folder_is_refused(folder: Path
             load_checkpoint(path)
 
 
-def test_shards_load_as_one_file_does(folder: Path) -> None:
-    whole, size = load_checkpoint(folder).state_dict(), weights_bytes(folder)
-    shard(folder)
-    parts = load_checkpoint(folder).state_dict()
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert weights_bytes(folder) == size == sum(tensor.nbytes for tensor in whole.values())
-
-
-@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "..", "a/b.safetensors", "", "a\0b"])
-def test_an_index_may_not_lead_out_of_the_folder(folder: Path, name: str) -> None:
-    shard(folder, lambda index: index["weight_map"].update({"lm_head.weight": name}))
-    with pytest.raises(BadCheckpoint, match="outside the folder"):
-        load_checkpoint(folder)
-
-
-@pytest.mark.parametrize("listed", [None, [], {}, {"a": 1}, "x"])
-def test_an_index_without_a_map_is_refused(folder: Path, listed: Any) -> None:
-    shard(folder, lambda index: index.update(weight_map=listed))
-    with pytest.raises(BadCheckpoint, match="weight_map"):
-        load_checkpoint(folder)
-
-
-def test_a_shard_that_is_not_there_is_named(folder: Path) -> None:
-    shard(folder)
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(BadCheckpoint, match=r"model-00002-of-00002.safetensors"):
-        load_checkpoint(folder)
-
-
 def test_a_cast_spares_the_router_bias(folder: Path) -> None:
     model = load_checkpoint(folder, dtype=torch.bfloat16)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
@@ -187,7 +139,7 @@ def test_tokenizer_files_come_along_untouched(folder: Path, tmp_path: Path) -> N
 
 def test_a_model_of_several_dtypes_is_not_written(folder: Path, tmp_path: Path) -> None:
     model = load_checkpoint(folder)
-    model.model.norm.bfloat16()
+    model.lm_head = model.lm_head.bfloat16()
     with pytest.raises(ConfigError, match=r"one dtype.*bfloat16.*float32"):
         save_checkpoint(model, tmp_path / "out", folder)
     assert not (tmp_path / "out").exists()
@@ -245,7 +197,7 @@ def test_an_artifact_is_checked_before_a_tensor_is_read(artifact: Path, monkeypa
         raise AssertionError("read too early")
 
     (artifact / "extra.safetensors").write_bytes(b"put there later")
-    monkeypatch.setattr(checkpoint, "_tensors", nobody)
+    monkeypatch.setattr(checkpoint, "read_tensors", nobody)
     with pytest.raises(Corrupt, match="put there later"):
         load_checkpoint(artifact)
 
@@ -264,3 +216,28 @@ def test_a_damaged_artifact_is_not_adopted(artifact: Path, tmp_path: Path) -> No
     with pytest.raises(Corrupt, match=r"model.safetensors: block 0"):
         ADOPT.build(Draft(tmp_path / "draft"), AdoptConfig(folder=str(artifact)))
     assert list((tmp_path / "draft").iterdir()) == []
+
+
+# -- fewer experts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek-groups"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_another_number_of_experts_is_that_of_transformers(name: str, count: int, theirs: Get, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(theirs(name).folder, tmp_path / "fewer"))
+    configure(folder, num_experts_per_tok=count)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ours = load_checkpoint(theirs(name).folder, active_experts=count)
+    assert agree(logits_of(ours, prompt(20)), Theirs(folder, model).logits(prompt(20)))
+    assert not agree(logits_of(ours, prompt(20)), theirs(name).logits(prompt(20)))
+
+
+@pytest.mark.parametrize("count", [0, -1, 9])
+def test_experts_out_of_reach_are_refused(count: int, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"active_experts.*(num_experts_per_tok|experts in reach)"):
+        load_checkpoint(folder, active_experts=count)
+
+
+def test_a_model_without_experts_has_none_to_choose(theirs: Get) -> None:
+    with pytest.raises(ConfigError, match="active_experts: llama has no experts"):
+        load_checkpoint(theirs("llama").folder, active_experts=1)

@@ -1,8 +1,6 @@
-"""INT8 against numpy in float64; the layout against compressed-tensors' own packing; what does not fit is refused."""
+"""INT8 and FP8 against numpy in float64; INT8's layout against compressed-tensors' own packing; what does not fit is refused."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +9,12 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+from transformers.utils.quantization_config import FineGrainedFP8Config
 
-from lineshaft.base.errors import BadCheckpoint, ConfigError, UnsupportedModel
+from lineshaft.base.errors import ConfigError
 from lineshaft.ops import table
-from lineshaft.ops.formats import DENSE, Int8, from_compressed_tensors, to_compressed_tensors
+from lineshaft.ops.formats import Fp8Block, Int8
 
 KINDS = ["normal", "tiny", "subnormal", "huge", "zero rows", "one outlier", "steps"]
 
@@ -119,84 +119,123 @@ def test_the_product_is_that_with_the_decoded_weight(group: int | None, dtype: t
     assert torch.equal(got, table.linear(x, fmt.decode(stored, dtype), b))
 
 
-@pytest.mark.parametrize("fmt", [Int8(), Int8(32)])
-def test_a_description_comes_back_as_the_same_formats(fmt: Int8) -> None:
-    formats = {"a": fmt, "b": DENSE, "c": fmt}
-    config = to_compressed_tensors(formats)
-    assert config is not None
-    assert from_compressed_tensors(config, formats) == formats
-    assert to_compressed_tensors({"a": DENSE}) is None
-    with pytest.raises(ConfigError, match="different quantised formats"):
-        to_compressed_tensors({"a": Int8(), "b": Int8(32)})
+# -- FP8 ---------------------------------------------------------------------------------------------------------
+
+BLOCKS = st.sampled_from([(128, 128), (16, 16), (4, 8), (3, 5), (1, 7), (64, 1)])
+_MAGNITUDES = {(m / 8 + (e > 0)) * 2.0 ** (max(e, 1) - 7) for e in range(16) for m in range(8)} - {480.0}
+E4M3 = np.array([sign * magnitude for sign in (-1, 1) for magnitude in _MAGNITUDES])
+"""Every number of float8_e4m3fn, from its definition (Micikevicius et al. 2022, table 1); the largest pattern is NaN."""
 
 
-def test_patterns_in_ignore_are_read() -> None:
-    config = to_compressed_tensors({"a": Int8()}) or {}
-    config["ignore"] = ["re:.*down_proj", "lm_head"]
-    read = from_compressed_tensors(config, ["layer.down_proj", "layer.up_proj", "lm_head", "xlm_head"])
-    assert read == {"layer.down_proj": DENSE, "layer.up_proj": Int8(), "lm_head": DENSE, "xlm_head": Int8()}
-    config["ignore"] = None
-    assert from_compressed_tensors(config, ["lm_head"]) == {"lm_head": Int8()}
+def spread(scale: np.ndarray, shape: tuple[int, int], block: tuple[int, int]) -> np.ndarray:
+    """The scale of each element, by its index."""
+    rows, columns = np.indices(shape)
+    return scale[rows // block[0], columns // block[1]]
 
 
-def _spoilt(path: str, value: Any) -> dict[str, Any]:
-    config: Any = to_compressed_tensors({"a": Int8(32)})
-    *parts, last = path.split("/")
-    here = config
-    for part in parts:
-        here = here[part]
-    here[last] = value
-    return dict(config)
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12)
+@given(block=BLOCKS, outputs=st.integers(1, 40), inputs=st.integers(1, 40), seed=st.integers(0, 10**6))
+def test_fp8_is_the_nearest_code_and_its_largest_weight_is_exact(
+    kind: str, block: tuple[int, int], outputs: int, inputs: int, seed: int
+) -> None:
+    weight = weight_of(kind, outputs, inputs, seed)
+    fmt = Fp8Block(block)
+    stored = fmt.encode(weight)
+    w = weight.double().numpy()
+    scale = stored["weight_scale_inv"].double().numpy()
+    for row, column in np.ndindex(*scale.shape):
+        largest = np.abs(w[row * block[0] : (row + 1) * block[0], column * block[1] : (column + 1) * block[1]]).max()
+        assert scale[row, column] == (np.float32(np.float32(largest) / np.float32(448)) if largest else 1)
+    places = w / spread(scale, w.shape, block)
+    codes = stored["weight"].double().numpy()
+    assert np.isin(codes, E4M3).all()
+    nearest = np.abs(E4M3[:, None, None] - places).min(0)
+    assert (np.abs(codes - places) <= nearest * (1 + 1e-5) + 1e-5).all()
+    decoded = fmt.decode(stored, torch.float32)
+    assert np.array_equal(decoded.numpy(), (codes * spread(scale, w.shape, block)).astype(np.float32))
 
 
-GROUP = "config_groups/group_0"
+@given(block=BLOCKS, outputs=st.integers(1, 40), inputs=st.integers(1, 40), seed=st.integers(0, 10**6))
+@settings(max_examples=25)
+def test_any_codes_and_scales_decode_to_their_product(block: tuple[int, int], outputs: int, inputs: int, seed: int) -> None:
+    """Codes that another tool chose, NaN left out."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 127, (outputs, inputs), dtype=torch.uint8, generator=generator)
+    codes = (codes + 128 * torch.randint(0, 2, codes.shape, dtype=torch.uint8, generator=generator)).view(torch.float8_e4m3fn)
+    scale = Fp8Block(block).empty(outputs, inputs)["weight_scale_inv"].normal_(generator=generator).exp_() / 1000
+    got = Fp8Block(block).decode({"weight": codes, "weight_scale_inv": scale}, torch.float32)
+    exact = codes.double().numpy() * spread(scale.double().numpy(), (outputs, inputs), block)
+    assert np.array_equal(got.numpy(), exact.astype(np.float32))
 
 
-@pytest.mark.parametrize(
-    ("path", "value", "told"),
-    [
-        ("quant_method", "fp8", 'quantization by "fp8"'),
-        ("quant_method", "gptq", 'quantization by "gptq"'),
-        ("format", "int-quantized", "format 'int-quantized'"),
-        ("quantization_status", "frozen", "quantization_status"),
-        ("kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme"),
-        ("transform_config", {"config_groups": {"u": 1}}, "transform_config"),
-        ("config_groups", {}, "0 config_groups"),
-        (f"{GROUP}/targets", ["re:.*self_attn.*"], "targets"),
-        (f"{GROUP}/input_activations", {"num_bits": 8}, "input_activations"),
-        (f"{GROUP}/weights/num_bits", 4, "num_bits 4"),
-        (f"{GROUP}/weights/type", "float", "type 'float'"),
-        (f"{GROUP}/weights/symmetric", False, "symmetric False"),
-        (f"{GROUP}/weights/strategy", "tensor", "strategy 'tensor'"),
-        (f"{GROUP}/weights/actorder", "group", "actorder 'group'"),
-    ],
-)
-def test_schemes_that_we_do_not_read_are_named(path: str, value: Any, told: str) -> None:
-    with pytest.raises(UnsupportedModel, match="supported: weight-only symmetric INT8") as caught:
-        from_compressed_tensors(_spoilt(path, value), ["a"])
-    assert told in str(caught.value)
+class Quantizer:
+    def __init__(self, block: tuple[int, int], scale_fmt: str) -> None:
+        self.quantization_config = FineGrainedFP8Config(weight_block_size=block, scale_fmt=scale_fmt)
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("config_groups", None),
-        ("config_groups", [1]),
-        (GROUP, {}),
-        (f"{GROUP}/weights", None),
-        (f"{GROUP}/weights", {"num_bits": 8}),
-        (f"{GROUP}/weights/group_size", "all"),
-        (f"{GROUP}/weights/group_size", 0),
-        ("ignore", 3),
-        ("ignore", ["re:("]),
-    ],
-)
-def test_a_broken_description_is_refused(path: str, value: Any) -> None:
-    with pytest.raises(BadCheckpoint, match="quantization_config"):
-        from_compressed_tensors(_spoilt(path, value), ["a"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("block", [(128, 128), (8, 16)])
+def test_transformers_decodes_and_encodes_the_same(block: tuple[int, int], power_of_two: bool, dtype: torch.dtype) -> None:
+    fmt, theirs = Fp8Block(block, power_of_two), Quantizer(block, "ue8m0" if power_of_two else "float")
+    weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(1)) * 0.02
+    weight[:128, :128] = 0
+    ours = fmt.encode(weight)
+    made = Fp8Quantize(theirs).convert({"weight": weight})
+    assert torch.allclose(ours["weight_scale_inv"], made["weight_scale_inv"].float(), rtol=3e-7, atol=0)
+    same = ours["weight"].view(torch.uint8) == made["weight"].view(torch.uint8)
+    assert same.float().mean() > (0.9999 if not power_of_two else 0.99999), (
+        "its scale is the reciprocal of a reciprocal: ties fall elsewhere"
+    )
+    decoded = Fp8Dequantize(theirs)._dequantize_one(ours["weight"], ours["weight_scale_inv"], dtype)
+    assert torch.equal(fmt.decode(ours, dtype), decoded)
 
 
-def test_a_description_that_is_no_table_is_refused() -> None:
-    for broken in ([], "int8", 8):
-        with pytest.raises(BadCheckpoint, match="quantization_config"):
-            from_compressed_tensors(broken, ["a"])
+@given(exponent=st.integers(-100, 100), mantissa=st.floats(1, 2, exclude_max=True, width=32))
+def test_a_power_of_two_is_the_next_one(exponent: int, mantissa: float) -> None:
+    largest = mantissa * 2.0**exponent
+    scale = Fp8Block(power_of_two=True).encode(torch.tensor([[largest]]))["weight_scale_inv"].item()
+    assert np.frexp(scale)[0] == 0.5
+    exact = np.float32(largest) / np.float32(448)
+    assert exact <= scale < 2 * exact
+
+
+def test_fp8_reserves_the_shapes_that_it_stores() -> None:
+    for shape in ((6, 96), (130, 257), (128, 128), (1, 1)):
+        stored, reserved = Fp8Block().encode(torch.randn(shape)), Fp8Block().empty(*shape)
+        assert tuple(stored) == tuple(reserved) == Fp8Block().tensor_names
+        assert all(stored[name].shape == reserved[name].shape and stored[name].dtype == reserved[name].dtype for name in stored)
+        assert all(tensor.is_contiguous() for tensor in stored.values())
+
+
+def test_fp8_encodes_what_it_decoded_to_the_same_codes() -> None:
+    first = Fp8Block((16, 16)).encode(torch.randn(50, 70))
+    again = Fp8Block((16, 16)).encode(Fp8Block((16, 16)).decode(first, torch.float32))
+    assert torch.equal(first["weight"].view(torch.uint8), again["weight"].view(torch.uint8))
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_fp8_rounds_numbers_that_float32_itself_holds_coarsely_and_makes_no_nan_of_them(power_of_two: bool) -> None:
+    for exponent in range(-149, -110):
+        weight = torch.tensor([[0.75, -1.0, 0.3]]) * 2.0**exponent
+        decoded = Fp8Block(power_of_two=power_of_two).decode(Fp8Block(power_of_two=power_of_two).encode(weight), torch.float32)
+        assert ((decoded - weight).abs() <= weight.abs() / 16 + 2.0**-136).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_fp8_refuses_what_it_can_not_hold(value: float) -> None:
+    weight = torch.zeros(3, 8)
+    weight[1, 5] = value
+    with pytest.raises(ConfigError, match="not a number or infinite"):
+        Fp8Block((2, 2)).encode(weight)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fp8_product_is_that_with_the_decoded_weight(dtype: torch.dtype, bias: bool) -> None:
+    fmt, x = Fp8Block((4, 16)), torch.randn(5, 70).to(dtype)
+    stored, b = fmt.encode(torch.randn(7, 70)), torch.randn(7).to(dtype) if bias else None
+    got = fmt.matmul(x, stored, b)
+    assert got.dtype == dtype
+    assert torch.equal(got, table.linear(x, fmt.decode(stored, dtype), b))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masks import KINDS, dense, mask_of, reaches
 from torch import Tensor
 
 from lineshaft.ops import reference, table
-from lineshaft.ops.formats import Int8
+from lineshaft.ops.formats import Fp8Block, Int8
+from lineshaft.ops.reach import Causal, Reach
 
 Arguments = tuple[object, ...]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -43,6 +46,12 @@ class Shapes:
         bias = self.randn(outputs) if self.draw(st.booleans()) else None
         return self.randn(self.size(7), inputs), stored["weight_packed"], stored["weight_scale"], bias
 
+    def linear_fp8(self) -> Arguments:
+        block, outputs, inputs = (self.size(9), self.size(9)), self.size(19), self.size(33)
+        stored = Fp8Block(block).encode(self.randn(outputs, inputs, dtype=torch.float32))
+        bias = self.randn(outputs) if self.draw(st.booleans()) else None
+        return self.randn(self.size(7), inputs), stored["weight"], stored["weight_scale_inv"], block, bias
+
     def rms_norm(self) -> Arguments:
         lead, width = [self.size(5) for _ in range(self.draw(st.integers(1, 2)))], self.size(40)
         return self.randn(*lead, width) * self.draw(st.sampled_from([1e-3, 1, 100])), self.randn(width), 1e-6
@@ -63,18 +72,59 @@ class Shapes:
         pages = need + self.size(3)
         return page, pages, torch.randperm(pages, generator=self.generator)[:need], first, tokens
 
+    def _heads(self) -> tuple[int, int, int, int]:
+        """Query heads, key heads, key width, value width: as wide, narrower and, rarely, wider."""
+        kv, width = self.size(3), 2 * self.size(8)
+        return kv * self.size(3), kv, width, self.draw(st.sampled_from([width, width // 2, width + 1]))
+
+    def _dense(self, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+        heads, kv, width, values = self._heads()
+        return self.randn(queries, heads, width), self.randn(keys, kv, width), self.randn(keys, kv, values)
+
+    def _any_mask(self, *shape: int) -> Tensor:
+        mask = torch.rand(shape, generator=self.generator) < 0.5
+        mask[..., 0] = True  # softmax over nothing has no value
+        return mask
+
+    def rows_gqa(self) -> Arguments:
+        rows, size = self.size(3), self.size(9)
+        q, k, v = (x.view(rows, size, *x.shape[1:]) for x in self._dense(rows * size, rows * size))
+        return q, k, v, self.draw(st.sampled_from([None, self._any_mask(rows, size, size)])), q.shape[-1] ** -0.5
+
+    def attention(self) -> Arguments:
+        tokens, keys = self.size(6), self.size(12)
+        mask = self.draw(st.sampled_from([None, self._any_mask(tokens, keys)]))
+        return *self._dense(tokens, keys), mask, 0.3
+
+    def reach_gqa(self) -> Arguments:
+        keys = self.size(90)
+        return *self._dense(self.draw(st.sampled_from([1, keys, (keys + 1) // 2])), keys), 0.3, self.draw(reaches())
+
+    def paged_rows(self) -> Arguments:
+        page, pages, places, first, tokens = self._paged()
+        wanted = torch.randint(first + tokens, (self.size(9),), generator=self.generator)
+        return self.randn(pages, page, *[self.size(3) for _ in range(self.draw(st.integers(1, 2)))]), places, wanted
+
     def paged_gqa(self) -> Arguments:
         page, pages, places, first, tokens = self._paged()
-        kv, each, width = self.size(3), self.size(3), 2 * self.size(8)
-        window = self.draw(st.none() | st.integers(1, 12))
+        heads, kv, width, _ = self._heads()
         keys, values = self.randn(pages, page, kv, width), self.randn(pages, page, kv, width)
-        return self.randn(tokens, kv * each, width), keys, values, places, first, width**-0.5, window
+        return self.randn(tokens, heads, width), keys, values, places, first, width**-0.5, self.draw(reaches())
+
+    def _latents(self, page: int, pages: int, tokens: int) -> tuple[tuple[Tensor, Tensor, Tensor], float]:
+        heads, latent, rotary = self.size(4), self.size(17), 2 * self.size(4)
+        queries = self.randn(tokens, heads, latent), self.randn(tokens, heads, rotary)
+        return (*queries, self.randn(pages, page, latent + rotary)), (latent + rotary) ** -0.5
 
     def paged_mla(self) -> Arguments:
         page, pages, places, first, tokens = self._paged()
-        heads, latent, rotary = self.size(4), self.size(17), 2 * self.size(4)
-        queries = self.randn(tokens, heads, latent), self.randn(tokens, heads, rotary)
-        return *queries, self.randn(pages, page, latent + rotary), places, first, (latent + rotary) ** -0.5
+        tensors, scale = self._latents(page, pages, tokens)
+        return *tensors, places, first, scale, self.draw(reaches())
+
+    def paged_chosen_mla(self) -> Arguments:
+        page, pages, places, first, tokens = self._paged()
+        tensors, scale = self._latents(page, pages, tokens)
+        return *tensors, places, self._any_mask(tokens, first + tokens), scale
 
 
 @st.composite
@@ -139,6 +189,11 @@ def exact_linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | N
     return exact_linear(x, weight, bias)
 
 
+def exact_linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, block: tuple[int, int], bias: Tensor | None) -> Tensor:
+    rows, columns = (torch.arange(size) // each for size, each in zip(weight.shape, block, strict=True))
+    return exact_linear(x, weight.double() * scale[rows][:, columns].double(), bias)
+
+
 def exact_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt() * weight
 
@@ -158,33 +213,54 @@ def exact_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return gate / (1 + (-gate).exp()) * up
 
 
-def exact_paged_gqa(q: Tensor, pages_k: Tensor, pages_v: Tensor, places: Tensor, first: int, scale: float, window: int | None) -> Tensor:
-    page, each, out = pages_k.shape[1], q.shape[1] // pages_k.shape[2], torch.empty_like(q)
-    for token in range(len(q)):
-        here = first + token
-        seen = [position for position in range(here + 1) if window is None or here - position < window]
-        for head in range(q.shape[1]):
-            keys = torch.stack([pages_k[places[p // page], p % page, head // each] for p in seen])
-            values = torch.stack([pages_v[places[p // page], p % page, head // each] for p in seen])
-            out[token, head] = (keys @ q[token, head] * scale).softmax(0) @ values
-    return out
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    return dense(q, k, v, np.ones((len(q), len(k)), bool) if seen is None else seen.numpy(), scale)
 
 
-def exact_paged_mla(q: Tensor, q_rope: Tensor, pages: Tensor, places: Tensor, first: int, scale: float) -> Tensor:
+def exact_rows_gqa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    masks = [torch.from_numpy(mask_of(Causal(), q.shape[1]))] * len(q) if seen is None else list(seen)
+    return torch.stack([exact_attention(*row, scale) for row in zip(q, k, v, masks, strict=True)])
+
+
+def exact_reach_gqa(q: Tensor, k: Tensor, v: Tensor, scale: float, reach: Reach) -> Tensor:
+    return dense(q, k, v, mask_of(reach, len(k), len(k) - len(q)), scale)
+
+
+def exact_paged_rows(pages: Tensor, places: Tensor, positions: Tensor) -> Tensor:
+    page = pages.shape[1]
+    return torch.stack([pages[places[p // page], p % page] for p in positions.tolist()])
+
+
+def exact_paged_gqa(q: Tensor, pages_k: Tensor, pages_v: Tensor, places: Tensor, first: int, scale: float, reach: Reach) -> Tensor:
+    k, v = (exact_paged_rows(pages, places, torch.arange(first + len(q))) for pages in (pages_k, pages_v))
+    return exact_reach_gqa(q, k, v, scale, reach)
+
+
+def exact_paged_mla(q: Tensor, q_rope: Tensor, pages: Tensor, places: Tensor, first: int, scale: float, reach: Reach) -> Tensor:
     """One key-value head whose value is the latent part of the key."""
     queries = torch.cat([q, q_rope], -1)
-    seen = exact_paged_gqa(queries, pages[:, :, None], pages[:, :, None], places, first, scale, None)
-    return seen[..., : q.shape[-1]]
+    return exact_paged_gqa(queries, pages[:, :, None], pages[:, :, None], places, first, scale, reach)[..., : q.shape[-1]]
+
+
+def exact_paged_chosen_mla(q: Tensor, q_rope: Tensor, pages: Tensor, places: Tensor, chosen: Tensor, scale: float) -> Tensor:
+    entries = exact_paged_rows(pages, places, torch.arange(chosen.shape[1]))[:, None]
+    return dense(torch.cat([q, q_rope], -1), entries, entries[..., : q.shape[-1]], chosen.numpy(), scale)
 
 
 EXACT: dict[str, Callable[..., Tensor]] = {
     "linear": exact_linear,
     "linear_int8": exact_linear_int8,
+    "linear_fp8": exact_linear_fp8,
     "rms_norm": exact_rms_norm,
     "rope": exact_rope,
     "silu_mul": exact_silu_mul,
+    "rows_gqa": exact_rows_gqa,
+    "attention": exact_attention,
+    "reach_gqa": exact_reach_gqa,
+    "paged_rows": exact_paged_rows,
     "paged_gqa": exact_paged_gqa,
     "paged_mla": exact_paged_mla,
+    "paged_chosen_mla": exact_paged_chosen_mla,
 }
 
 
@@ -202,6 +278,53 @@ def test_silu_is_torchs() -> None:
     assert torch.equal(reference.silu_mul(gate, torch.ones(101)), F.silu(gate))
 
 
-def test_a_window_of_one_sees_itself_alone() -> None:
-    seen = reference.visible_from(3, 2, 5, 1, torch.device("cpu"))
-    assert seen.int().tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+ATTENTION = ["reach_gqa", "paged_gqa", "paged_mla", "paged_chosen_mla"]
+
+
+@pytest.mark.parametrize("tile", [1, 3, 16])
+@pytest.mark.parametrize("op", ATTENTION)
+@settings(max_examples=20)
+@given(data=st.data())
+def test_however_the_queries_are_cut_into_tiles_it_is_dense_attention_under_the_mask(op: str, tile: int, data: st.DataObject) -> None:
+    given_ = data.draw(arguments(op, torch.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "QUERIES", tile)
+        got = table.REFERENCE[op](*given_)
+    assert (got.double() - EXACT[op](*given_)).abs().max() <= 1e-6 * max(1.0, got.abs().max().item())
+
+
+@pytest.mark.parametrize("op", ["paged_gqa", "paged_mla", "paged_chosen_mla"])
+@settings(max_examples=20)
+@given(data=st.data())
+def test_pages_out_of_reach_are_not_read(op: str, data: st.DataObject) -> None:
+    """Entries outside the spans, or chosen by nobody, are not numbers: one that is only masked would spoil the result."""
+    given_ = list(data.draw(arguments(op, torch.float32)))
+    pages = {"paged_gqa": [1, 2]}.get(op, [2])
+    places, tokens = given_[pages[-1] + 1], len(given_[0])
+    if op == "paged_chosen_mla":
+        used = given_[-2].any(0).nonzero()[:, 0].tolist()
+    else:
+        first = given_[pages[-1] + 2]
+        used = [position for start, stop in given_[-1].spans(first, first + tokens) for position in range(start, stop)]
+    before = table.REFERENCE[op](*given_)
+    for index in pages:
+        kept, size = given_[index], given_[index].shape[1]
+        spoilt = torch.full_like(kept, torch.nan)
+        for position in used:
+            spoilt[places[position // size], position % size] = kept[places[position // size], position % size]
+        given_[index] = spoilt
+    assert torch.equal(table.REFERENCE[op](*given_), before)
+
+
+@pytest.mark.parametrize("reach", KINDS.values(), ids=KINDS)
+def test_gradients_are_those_of_dense_attention(reach: Reach, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "QUERIES", 4)
+    generator = torch.Generator().manual_seed(2)
+    leaves = [torch.randn(19, heads, width, generator=generator).requires_grad_() for heads, width in ((4, 6), (2, 6), (2, 4))]
+    weight = torch.randn(19, 4, 4, generator=generator)
+    got = torch.autograd.grad((reference.reach_gqa(*leaves, 0.4, reach) * weight).sum(), leaves)
+    q, k, v = leaves
+    scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(2, 1)) * 0.4
+    weights = scores.masked_fill(~torch.from_numpy(mask_of(reach, 19)), -torch.inf).softmax(-1)
+    expected = torch.autograd.grad((torch.einsum("hts,shv->thv", weights, v.repeat_interleave(2, 1)) * weight).sum(), leaves)
+    assert all(torch.allclose(mine, theirs, atol=1e-5) for mine, theirs in zip(got, expected, strict=True))

@@ -21,7 +21,7 @@ from lineshaft.records.tokens import TokenStream
 from lineshaft.train import loop
 from lineshaft.train.batches import IGNORE, Batch, RowReader, ShuffledRows
 from lineshaft.train.loop import LoopConfig
-from lineshaft.train.objective import NextToken
+from lineshaft.train.objective import Loss, NextToken
 from lineshaft.train.optimiser import OptimiserConfig, build, learning_rate
 
 Line = tuple[Store, dict[str, Artifact]]
@@ -102,7 +102,7 @@ def test_the_routers_biases_move_towards_equal_load(line: Line, tmp_path: Path) 
     (router,) = model.routers()
     seen: list[Tensor] = []
 
-    def counted(of: Decoder, batch: Batch) -> Tensor:
+    def counted(of: Decoder, batch: Batch) -> Loss:
         loss = NextToken()(of, batch)
         seen.append(router.load.clone())
         return loss
@@ -135,9 +135,9 @@ def test_bfloat16_products_leave_weights_in_float32_and_learn(line: Line, tmp_pa
 def broken_at(step: int, value: float) -> object:
     calls = iter(range(10_000))
 
-    def objective(model: Decoder, batch: Batch) -> Tensor:
+    def objective(model: Decoder, batch: Batch) -> Loss:
         loss = NextToken()(model, batch)
-        return loss * value if next(calls) == step else loss
+        return Loss(loss.total * value, loss.next_token * value) if next(calls) == step else loss
 
     return objective
 
@@ -148,9 +148,10 @@ def test_a_loss_that_is_no_number_ends_the_run(line: Line, tmp_path: Path) -> No
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_though_the_loss_is_one(line: Line, tmp_path: Path) -> None:
-    def objective(model: Decoder, batch: Batch) -> Tensor:
-        parameter = model.model.norm.weight
-        return NextToken()(model, batch) + (parameter - parameter.detach()).abs().sum().sqrt()  # zero, with an infinite slope
+    def objective(model: Decoder, batch: Batch) -> Loss:
+        parameter, loss = model.model.norm.weight, NextToken()(model, batch)
+        nothing = (parameter - parameter.detach()).abs().sum().sqrt()  # zero, with an infinite slope
+        return Loss(loss.total + nothing, loss.next_token)
 
     model = fresh()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -17,7 +17,10 @@ from lineshaft.base.errors import ConfigError, TrainingError
 from lineshaft.base.store import Artifact, Store
 from lineshaft.model.attend import PackedCausal
 from lineshaft.model.checkpoint import load_checkpoint
+from lineshaft.model.decoder import Decoder
 from lineshaft.train import stage
+from lineshaft.train.batches import Batch
+from lineshaft.train.objective import Loss, NextToken
 from lineshaft.train.stage import HISTORY_FILE, PRETRAIN, TrainConfig
 
 Line = tuple[Store, dict[str, Artifact]]
@@ -74,7 +77,12 @@ def test_the_history_is_plain_json_lines(line: Line) -> None:
 
 def test_a_loss_that_is_no_number_leaves_nothing(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     store, parents = line
-    monkeypatch.setattr(stage.NextToken, "__call__", lambda self, model, batch: model.model.norm.weight.sum() * math.inf)
+
+    def infinite(self: NextToken, model: Decoder, batch: Batch) -> Loss:
+        loss = model.model.norm.weight.sum() * math.inf
+        return Loss(loss, loss)
+
+    monkeypatch.setattr(stage.NextToken, "__call__", infinite)
     with pytest.raises(TrainingError, match="step 1 has a loss of inf"):
         PRETRAIN(store, letter_line.config(), **parents)
     assert {item.kind for item in store.all()} == {"tokenizer", "tokens"}

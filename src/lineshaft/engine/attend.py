@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lineshaft.engine.cache import PagedCache
-from lineshaft.model.attend import LatentQuery, Reach
+from lineshaft.model.attend import IndexQuery, LatentQuery
 from lineshaft.ops import table as ops
+from lineshaft.ops.reach import Reach
 from lineshaft.sched.scheduler import Plan
 
 
@@ -39,20 +40,35 @@ class PagedAttend:
             row += size
         self.slots_T = torch.cat(slots)
 
-    def gqa(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, reach: Reach) -> Tensor:
+    def gqa(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, reach: Reach) -> Tensor:
         """See model.attend.Attend."""
         self.cache.write(layer, self.slots_T, k_TKD, v_TKD)
         pages_k, pages_v = self.cache.parts[layer]
-        return torch.cat(
-            [ops.paged_gqa(q_THD[span.rows], pages_k, pages_v, span.table, span.first, reach.scale, reach.window) for span in self.spans]
-        )
+        outs = [ops.paged_gqa(q_THD[span.rows], pages_k, pages_v, span.table, span.first, scale, reach) for span in self.spans]
+        return torch.cat(outs)
 
-    def mla(self, layer: int, query: LatentQuery, latent_TC: Tensor, k_rope_TR: Tensor, reach: Reach) -> Tensor:
+    def mla(
+        self,
+        layer: int,
+        query: LatentQuery,
+        latent_TC: Tensor,
+        k_rope_TR: Tensor,
+        scale: float,
+        reach: Reach,
+        index: IndexQuery | None = None,
+    ) -> Tensor:
         """See model.attend.Attend. Absorbs the up-projection: nothing is expanded, however long the context."""
-        self.cache.write(layer, self.slots_T, torch.cat([latent_TC, k_rope_TR], -1))
-        (pages,) = self.cache.parts[layer]
+        kept = [torch.cat([latent_TC, k_rope_TR], -1)] if index is None else [torch.cat([latent_TC, k_rope_TR], -1), index.key_TD]
+        self.cache.write(layer, self.slots_T, *kept)
+        pages, *index_pages = self.cache.parts[layer]
         q_THC, up_value_HVC = query.absorb()
-        latents = [
-            ops.paged_mla(q_THC[span.rows], query.rope_THR[span.rows], pages, span.table, span.first, reach.scale) for span in self.spans
-        ]
+        latents: list[Tensor] = []
+        for span in self.spans:
+            q, q_rope, last = q_THC[span.rows], query.rope_THR[span.rows], span.first + span.rows.stop - span.rows.start
+            if index is None or last <= index.top_k:
+                latents.append(ops.paged_mla(q, q_rope, pages, span.table, span.first, scale, reach))
+                continue
+            keys_SD = ops.paged_rows(index_pages[0], span.table, torch.arange(last))
+            for rows, chosen_TS in index.of(span.rows).tiles(keys_SD, reach):
+                latents.append(ops.paged_chosen_mla(q[rows], q_rope[rows], pages, span.table, chosen_TS, scale))
         return torch.einsum("thc,hvc->thv", torch.cat(latents), up_value_HVC)

@@ -14,18 +14,27 @@ from lineshaft.base.files import record
 from lineshaft.base.manifest import FILE_NAME
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Draft
-from lineshaft.model.checkpoint import TOKENIZER_FILES, check_artifact, load_checkpoint
+from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
 from lineshaft.model.cost import cost_of
+from lineshaft.model.folder import TOKENIZER_FILES, check_artifact
+from lineshaft.text import contract
 from lineshaft.text.tokenizer import Tokenizer
 
 _SUFFIXES = {".json", ".safetensors", ".jinja"}
 
 
-class AdoptConfig(Config):
-    """Where the checkpoint lies."""
+class AdoptTokenizerConfig(Config):
+    """Where the tokenizer lies."""
 
     folder: str
     """A Hugging Face folder: config.json, safetensors, tokenizer.json."""
+
+
+class AdoptConfig(AdoptTokenizerConfig):
+    """Where the checkpoint lies, and what becomes of it."""
+
+    dequantise: bool = False
+    """Decode quantised weights (FP8, INT8) into dense ones, so that the model can be trained or compressed anew."""
 
 
 def _files(config: AdoptConfig) -> list[Path]:
@@ -41,11 +50,15 @@ def _inputs(config: AdoptConfig) -> dict[str, str]:
 
 
 def _build(draft: Draft, config: AdoptConfig) -> None:
-    check_artifact(Path(config.folder))
-    for path in _files(config):
-        shutil.copyfile(path, draft.root / path.name)
+    source = Path(config.folder)
+    check_artifact(source)
+    if config.dequantise:
+        save_checkpoint(load_checkpoint(source, dequantise=True), draft.root, source)
+    else:
+        for path in _files(config):
+            shutil.copyfile(path, draft.root / path.name)
     model = load_checkpoint(draft.root)
-    Tokenizer.load(draft.root)  # stages and the server need it, so a folder without one is refused here
+    draft.facts |= contract.facts_of(draft.root, Path(config.folder))  # reads the tokenizer, so a folder without one is refused here
     cost = cost_of(model.config)
     formats = sorted({linear.format.describe() for linear in model.linears().values()})
     draft.facts |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters, "format": ", ".join(formats)}
@@ -54,7 +67,7 @@ def _build(draft: Draft, config: AdoptConfig) -> None:
 ADOPT = Stage(
     name="adopt",
     kind="checkpoint",
-    version=1,
+    version=2,
     config=AdoptConfig,
     build=_build,
     inputs=_inputs,
@@ -62,26 +75,26 @@ ADOPT = Stage(
 )
 
 
-def _tokenizer_files(config: AdoptConfig) -> list[Path]:
+def _tokenizer_files(config: AdoptTokenizerConfig) -> list[Path]:
     folder = Path(config.folder)
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
-def _tokenizer_inputs(config: AdoptConfig) -> dict[str, str]:
+def _tokenizer_inputs(config: AdoptTokenizerConfig) -> dict[str, str]:
     return {path.name: record(path.parent, path.name).sha256 for path in _tokenizer_files(config)}
 
 
-def _build_tokenizer(draft: Draft, config: AdoptConfig) -> None:
+def _build_tokenizer(draft: Draft, config: AdoptTokenizerConfig) -> None:
     for path in _tokenizer_files(config):
         shutil.copyfile(path, draft.root / path.name)
-    draft.facts["vocab_size"] = Tokenizer.load(draft.root).vocab_size
+    draft.facts |= contract.facts_of(draft.root, Path(config.folder)) | {"vocab_size": Tokenizer.load(draft.root).vocab_size}
 
 
 ADOPT_TOKENIZER = Stage(
     name="adopt_tokenizer",
     kind="tokenizer",
-    version=1,
-    config=AdoptConfig,
+    version=2,
+    config=AdoptTokenizerConfig,
     build=_build_tokenizer,
     inputs=_tokenizer_inputs,
     unkeyed=frozenset({"folder"}),

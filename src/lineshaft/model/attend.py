@@ -4,29 +4,77 @@ Tokens of all documents or requests lie packed in one row of T. The model comput
 an `Attend` decides what each token sees: the earlier tokens of its document (here), or a paged cache (engine/attend).
 
 Shape letters: T packed tokens, H query heads, K key-value heads, D head width, N width of the part without positions,
-R rotary width, C latent width, V value width, S context, B blocks.
+R rotary width, C latent width, V value width, J index heads, S context, B rows of S tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lineshaft.model.linear import Linear
+from lineshaft.ops import table as ops
+from lineshaft.ops.reach import Reach
+from lineshaft.ops.reference import sees_all
+
+ALONE = 128
+"""From this mean length on documents are worked on one by one; shorter ones together under a mask, which is fewer calls."""
+
+SCORED = 64
+"""Queries that an indexer scores at a time: each of its heads makes a float32 for each of them and each key."""
 
 
 @dataclass(frozen=True)
-class Reach:
-    """How scores are scaled and how far back a token sees."""
+class IndexQuery:
+    """What the lightning indexer asks (DeepSeek-V3.2, section 2.1, equation 1). Its choice has no gradient."""
 
-    scale: float
-    window: int | None = None
-    """A token sees itself and the window - 1 tokens before it; None: everything before it."""
+    q_TJD: Tensor
+    """Rotated queries of J small heads."""
+    weight_TJ: Tensor
+    """float32, how much each head counts for each token; the factor J^-0.5 is in it."""
+    key_TD: Tensor
+    """These tokens' own keys, normalised and rotated, one for all heads: what later tokens are compared with."""
+    top_k: int
+
+    def scores(self, key_SD: Tensor) -> Tensor:
+        """float32 [T, S]: how much each token wants to see each key. Rounded in the order in which transformers rounds."""
+        near_TJS = (torch.matmul(self.q_TJD.float(), key_SD.float().T) * key_SD.shape[-1] ** -0.5).relu()
+        return torch.matmul(self.weight_TJ[:, None], near_TJS)[:, 0]
+
+    @torch.no_grad()
+    def chosen(self, key_SD: Tensor, first: int, reach: Reach) -> Tensor:
+        """Bool [T, S]: of what a token may see, the top_k of highest score; the queries are at positions `first` and on.
+
+        Of equal scores, and ReLU makes many zeros, the earlier token wins: the choice must not hang on how a batch is cut.
+        """
+        here_T = torch.arange(first, first + len(self.q_TJD), device=key_SD.device)
+        seen_TS: Tensor = reach.visible(here_T[:, None], torch.arange(len(key_SD), device=key_SD.device)[None])
+        if len(key_SD) <= self.top_k:
+            return seen_TS
+        scores_TS = self.scores(key_SD).masked_fill(~seen_TS, -torch.inf)
+        last_T1 = scores_TS.topk(self.top_k, sorted=False).values.amin(-1, keepdim=True)
+        better_TS, equal_TS = scores_TS > last_T1, (scores_TS == last_T1) & seen_TS
+        room_T1 = self.top_k - better_TS.sum(-1, keepdim=True)
+        return better_TS | (equal_TS & (equal_TS.cumsum(-1) <= room_T1))
+
+    def of(self, rows: slice) -> IndexQuery:
+        """The same for some of the tokens."""
+        return IndexQuery(self.q_TJD[rows], self.weight_TJ[rows], self.key_TD[rows], self.top_k)
+
+    def tiles(self, key_SD: Tensor, reach: Reach) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, `chosen` of these rows, as wide as the last one's position) for the last T of S positions.
+
+        SCORED rows at a time.
+        """
+        before = len(key_SD) - len(self.q_TJD)
+        for start in range(0, len(self.q_TJD), SCORED):
+            rows = slice(start, min(start + SCORED, len(self.q_TJD)))
+            yield rows, self.of(rows).chosen(key_SD[: before + rows.stop], before + rows.start, reach)
 
 
 @dataclass(frozen=True)
@@ -61,15 +109,24 @@ class LatentQuery:
 class Attend(Protocol):
     """How queries meet keys, for every layer of one forward pass."""
 
-    def gqa(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, reach: Reach) -> Tensor:
-        """Attention output [T, H, D] of rotated queries and keys."""
+    def gqa(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, reach: Reach) -> Tensor:
+        """Attention output [T, H, D] of rotated queries and keys; scores are multiplied by `scale`."""
 
-    def mla(self, layer: int, query: LatentQuery, latent_TC: Tensor, k_rope_TR: Tensor, reach: Reach) -> Tensor:
-        """Attention output [T, H, V] of latent attention; `latent_TC` is normalised, `k_rope_TR` rotated."""
+    def mla(
+        self,
+        layer: int,
+        query: LatentQuery,
+        latent_TC: Tensor,
+        k_rope_TR: Tensor,
+        scale: float,
+        reach: Reach,
+        index: IndexQuery | None = None,
+    ) -> Tensor:
+        """Attention output [T, H, V] of latent attention; `latent_TC` is normalised, `k_rope_TR` rotated. `index` narrows the reach."""
 
 
 class PackedCausal:
-    """Causal attention inside each of several documents packed in one row: for training, calibration and scoring.
+    """Attention inside each of several documents packed in one row: for training, calibration and scoring.
 
     `starts`: index of the first token of each document, ascending, the first one 0. `row`: every multiple of it is such a
     start, so scores are computed in T / row blocks of row x row instead of one of T x T. ValueError when they are not so.
@@ -82,38 +139,55 @@ class PackedCausal:
         starts_D = torch.as_tensor(starts, dtype=torch.int64)
         if not torch.isin(torch.arange(0, tokens, self.row), starts_D).all():
             raise ValueError(f"every multiple of row {self.row} must be the start of a document: what is before it would not be seen")
-        document_T = torch.searchsorted(starts_D, torch.arange(tokens), right=True)
+        document_T = torch.searchsorted(starts_D, torch.arange(tokens), right=True) - 1
         self.document_BS = document_T.view(-1, self.row)
-        self._visible: dict[int | None, Tensor] = {}
+        self.place_BS = (torch.arange(tokens) - starts_D[document_T]).view(-1, self.row)
+        self.documents = [slice(start, stop) for start, stop in pairwise([*starts_D.tolist(), tokens])]
+        self._visible: dict[Reach, Tensor] = {}
 
-    def gqa(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, reach: Reach) -> Tensor:
+    def gqa(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, reach: Reach) -> Tensor:
         """See Attend."""
-        out_BHSD = F.scaled_dot_product_attention(
-            self._blocks(q_THD),
-            self._blocks(k_TKD),
-            self._blocks(v_TKD),
-            attn_mask=self._mask(reach.window).to(q_THD.device),
-            scale=reach.scale,
-            enable_gqa=q_THD.shape[1] != k_TKD.shape[1],
-        )
-        return out_BHSD.transpose(1, 2).flatten(0, 1)
+        whole_rows = len(self.documents) == len(self.document_BS)
+        if whole_rows and sees_all(reach, self.row):
+            return self._in_rows(q_THD, k_TKD, v_TKD, None, scale)
+        if len(q_THD) < ALONE * len(self.documents):
+            return self._in_rows(q_THD, k_TKD, v_TKD, self._mask(reach).to(q_THD.device), scale)
+        return torch.cat([ops.reach_gqa(q_THD[own], k_TKD[own], v_TKD[own], scale, reach) for own in self.documents])
 
-    def mla(self, layer: int, query: LatentQuery, latent_TC: Tensor, k_rope_TR: Tensor, reach: Reach) -> Tensor:
+    def mla(
+        self,
+        layer: int,
+        query: LatentQuery,
+        latent_TC: Tensor,
+        k_rope_TR: Tensor,
+        scale: float,
+        reach: Reach,
+        index: IndexQuery | None = None,
+    ) -> Tensor:
         """See Attend. Expands the latents."""
         k_nope_THN, v_THV = query.expand(latent_TC)
         heads = query.nope_THN.shape[1]
         k_THD = torch.cat([k_nope_THN, k_rope_TR[:, None].expand(-1, heads, -1).to(k_nope_THN.dtype)], -1)
         q_THD = torch.cat([query.nope_THN, query.rope_THR], -1)
-        return self.gqa(layer, q_THD, k_THD, v_THV, reach)
+        if index is None or all(own.stop - own.start <= index.top_k for own in self.documents):
+            return self.gqa(layer, q_THD, k_THD, v_THV, scale, reach)
+        return torch.cat([self._chosen(q_THD[own], k_THD[own], v_THV[own], scale, reach, index.of(own)) for own in self.documents])
 
-    def _blocks(self, x_THD: Tensor) -> Tensor:
-        return x_THD.view(-1, self.row, *x_THD.shape[1:]).transpose(1, 2)
+    @staticmethod
+    def _chosen(q_THD: Tensor, k_THD: Tensor, v_THV: Tensor, scale: float, reach: Reach, index: IndexQuery) -> Tensor:
+        """One document, whose tokens see what the indexer picks."""
+        outs = []
+        for rows, chosen_TS in index.tiles(index.key_TD, reach):
+            outs.append(ops.attention(q_THD[rows], k_THD[: rows.stop], v_THV[: rows.stop], chosen_TS, scale))
+        return torch.cat(outs)
 
-    def _mask(self, window: int | None) -> Tensor:
-        """Bool [B, 1, S, S]: same document, not in the future, not behind the window."""
-        if window not in self._visible:
-            back_SS = torch.arange(self.row)[:, None] - torch.arange(self.row)[None, :]
-            near_SS = back_SS >= 0 if window is None else (back_SS >= 0) & (back_SS < window)
+    def _in_rows(self, q_THD: Tensor, k_TKD: Tensor, v_TKV: Tensor, seen_BSS: Tensor | None, scale: float) -> Tensor:
+        q_BSHD, k_BSKD, v_BSKV = (x.view(-1, self.row, *x.shape[1:]) for x in (q_THD, k_TKD, v_TKV))
+        return ops.rows_gqa(q_BSHD, k_BSKD, v_BSKV, seen_BSS, scale).flatten(0, 1)
+
+    def _mask(self, reach: Reach) -> Tensor:
+        """Bool [B, S, S]: same document, and in reach."""
+        if reach not in self._visible:
             same_BSS = self.document_BS[:, :, None] == self.document_BS[:, None, :]
-            self._visible[window] = (same_BSS & near_SS)[:, None]
-        return self._visible[window]
+            self._visible[reach] = same_BSS & reach.visible(self.place_BS[:, :, None], self.place_BS[:, None, :])
+        return self._visible[reach]

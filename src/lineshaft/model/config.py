@@ -5,14 +5,17 @@ Field names follow Hugging Face's config.json where they mean the same, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from lineshaft.base.config import Config
+from lineshaft.model.positions import RopeScaling
+from lineshaft.ops.reach import Causal, Reach
 
-Family = Literal["deepseek_v3", "llama", "mistral", "qwen2", "qwen3"]
+Family = Literal[
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"
+]
 
 
 class GroupedQueryAttention(Config):
@@ -28,8 +31,24 @@ class GroupedQueryAttention(Config):
     """Bias on the output projection."""
     qk_norm: bool = False
     """RMSNorm on each query and key head (Qwen3)."""
-    sliding_window: PositiveInt | None = None
-    """A token sees itself and the sliding_window - 1 tokens before it; null: all of them."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GroupedQueryAttention:
+        if self.num_attention_heads % self.num_key_value_heads:
+            heads = f"num_attention_heads {self.num_attention_heads}"
+            raise ValueError(f"{heads} is not a multiple of num_key_value_heads {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even")
+        return self
+
+
+class Indexer(Config):
+    """Picks the tokens that are attended to, by small heads of its own (DeepSeek-V3.2, section 2.1, "lightning indexer")."""
+
+    num_heads: PositiveInt
+    head_dim: PositiveInt
+    top_k: PositiveInt
+    """Earlier tokens that a token sees at most."""
 
 
 class LatentAttention(Config):
@@ -48,16 +67,34 @@ class LatentAttention(Config):
     v_head_dim: PositiveInt
     bias: bool = False
     """Bias on the down-projections and the output projection."""
+    rope_interleave: bool = True
+    """Rotated pairs are neighbours, as DeepSeek trains them, instead of half a head apart."""
+    indexer: Indexer | None = None
+    """Attend to chosen tokens only (DeepSeek-V3.2)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LatentAttention:
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim {self.qk_rope_head_dim} must be even")
+        if self.indexer is not None and self.q_lora_rank is None:
+            raise ValueError("an indexer works on compressed queries: set q_lora_rank")
+        if self.indexer is not None and self.indexer.head_dim < self.qk_rope_head_dim:
+            raise ValueError(f"indexer.head_dim {self.indexer.head_dim} has no room for the {self.qk_rope_head_dim} rotated channels")
+        return self
 
 
 class MixtureOfExperts(Config):
-    """Experts chosen by a sigmoid router with a balancing bias (DeepSeek-V3, sections 2.1.2 and 2.2)."""
+    """Experts chosen by a router: DeepSeek-V3's by default (arXiv 2412.19437, sections 2.1.2 and 2.2)."""
 
     n_routed_experts: PositiveInt
     num_experts_per_tok: PositiveInt
+    moe_intermediate_size: PositiveInt
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Affinity of a token to an expert. Sigmoid routers have a balancing bias that steers the choice (e_score_correction_bias)."""
     n_shared_experts: int = Field(1, ge=0)
     """Experts that every token uses, as one block of n times the width."""
-    moe_intermediate_size: PositiveInt
+    shared_expert_intermediate_size: int = Field(0, ge=0)
+    """Width of one more shared expert whose output is scaled by a sigmoid gate of its own (Qwen2-MoE); 0: none."""
     n_group: PositiveInt = 1
     topk_group: PositiveInt = 1
     """Experts are taken from the best topk_group of n_group groups."""
@@ -66,12 +103,17 @@ class MixtureOfExperts(Config):
     routed_scaling_factor: PositiveFloat = 1.0
     first_k_dense_replace: int = Field(0, ge=0)
     """That many first layers keep a dense feed-forward block."""
+    mlp_only_layers: list[int] = []
+    """Numbers of further layers that keep one."""
+    n_added_experts: int = Field(0, ge=0)
+    """Experts added to a finished model: every token uses them, scaled by a linear gate that starts at zero."""
 
     @model_validator(mode="after")
     def _consistent(self) -> MixtureOfExperts:
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"n_routed_experts {self.n_routed_experts} is not a multiple of n_group {self.n_group}")
-        if self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
+        sigmoid = self.scoring_func == "sigmoid"
+        if sigmoid and self.n_group > 1 and self.n_routed_experts // self.n_group < 2:
             raise ValueError(f"n_group {self.n_group} leaves fewer than the two experts by which a group is judged")
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group {self.topk_group} is more than n_group {self.n_group}")
@@ -93,8 +135,14 @@ class Architecture(Config):
     max_position_embeddings: PositiveInt
     """Most tokens of context."""
     attention: Annotated[GroupedQueryAttention | LatentAttention, Field(discriminator="kind")]
+    reach: list[Reach] = Field([Causal()], min_length=1)
+    """Which earlier tokens a token sees, layer by layer; the list is repeated over the layers."""
     moe: MixtureOfExperts | None = None
+    num_nextn_predict_layers: int = Field(0, ge=0)
+    """Multi-token-prediction layers after the last one: each predicts one token further ahead (DeepSeek-V3, section 2.2)."""
     rope_theta: PositiveFloat = 10000.0
+    rope_scaling: Annotated[RopeScaling, Field(discriminator="rope_type")] | None = None
+    """How positions beyond the trained context are turned."""
     rms_norm_eps: PositiveFloat = 1e-6
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
@@ -104,33 +152,20 @@ class Architecture(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Architecture:
-        a = self.attention
-        latent = self.family == "deepseek_v3"
+        a, latent = self.attention, self.family.startswith("deepseek")
         if latent != isinstance(a, LatentAttention):
             raise ValueError(f"family {self.family} does not have {a.kind} attention")
-        if latent != (self.moe is not None):
-            raise ValueError(f"family {self.family} {'needs experts: set moe' if latent else 'has no experts: leave moe out'}")
-        if self.rotary_dim % 2:
-            raise ValueError(f"{'qk_rope_head_dim' if latent else 'head_dim'} {self.rotary_dim} must be even")
-        if isinstance(a, GroupedQueryAttention) and a.num_attention_heads % a.num_key_value_heads:
-            heads = f"num_attention_heads {a.num_attention_heads}"
-            raise ValueError(f"{heads} is not a multiple of num_key_value_heads {a.num_key_value_heads}")
-        for name, wanted, has in self._traits(a):
-            if has != wanted:
-                raise ValueError(f"family {self.family} has {name} {wanted}, not {has}: other tools could not load the checkpoint")
+        experts = latent or self.family.endswith(("_moe", "mixtral"))
+        if experts != (self.moe is not None):
+            raise ValueError(f"family {self.family} {'needs experts: set moe' if experts else 'has no experts: leave moe out'}")
+        if len(self.reach) > self.num_hidden_layers:
+            raise ValueError(f"reach names {len(self.reach)} layers of {self.num_hidden_layers}")
+        outside = [layer for layer in (self.moe.mlp_only_layers if self.moe else []) if not 0 <= layer < self.num_hidden_layers]
+        if outside:
+            raise ValueError(f"mlp_only_layers names layers that do not exist: {outside}")
+        if self.num_nextn_predict_layers and not latent:
+            raise ValueError(f"family {self.family} has no layers for num_nextn_predict_layers")
         return self
-
-    def _traits(self, a: GroupedQueryAttention | LatentAttention) -> Iterator[tuple[str, object, object]]:
-        """What a family's config.json fixes: (name, the family's value, ours). Said here, before anything is trained."""
-        if self.family != "llama":
-            yield "mlp_bias", False, self.mlp_bias
-        if isinstance(a, GroupedQueryAttention):
-            free = self.family in ("llama", "qwen3")
-            yield "qkv_bias", a.qkv_bias if free else self.family == "qwen2", a.qkv_bias
-            yield "output_bias", a.qkv_bias if free else False, a.output_bias
-            yield "qk_norm", self.family == "qwen3", a.qk_norm
-            if self.family != "mistral":
-                yield "sliding_window", None, a.sliding_window
 
     @property
     def rotary_dim(self) -> int:
@@ -138,13 +173,19 @@ class Architecture(Config):
         return self.attention.head_dim if isinstance(self.attention, GroupedQueryAttention) else self.attention.qk_rope_head_dim
 
     @property
-    def rope_interleaved(self) -> bool:
-        """Rotated pairs are neighbours (DeepSeek) instead of half a head apart."""
-        return self.family == "deepseek_v3"
+    def all_layers(self) -> int:
+        """Layers with those for multi-token prediction."""
+        return self.num_hidden_layers + self.num_nextn_predict_layers
+
+    def reach_of(self, layer: int) -> Reach:
+        """What the tokens of a layer see. Prediction layers see as the first of the list does."""
+        return self.reach[layer % len(self.reach) if layer < self.num_hidden_layers else 0]
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Does this layer choose among experts?"""
-        return self.moe is not None and layer >= self.moe.first_k_dense_replace
+        """Does this layer choose among experts? Prediction layers do whenever the model has experts."""
+        if self.moe is None or layer >= self.num_hidden_layers:
+            return self.moe is not None
+        return layer >= self.moe.first_k_dense_replace and layer not in self.moe.mlp_only_layers
 
 
 class ModelConfig(Architecture):

@@ -1,6 +1,7 @@
 """The decoder: the one model that is trained, compressed, evaluated and served.
 
-Module and tensor names are those of the Hugging Face checkpoints, so there is nothing to translate between them.
+Module and tensor names are those of the Hugging Face checkpoints, so there is nothing to translate between them
+(but for Mixtral's, see names.py).
 """
 
 from __future__ import annotations
@@ -11,39 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from lineshaft.model.attend import Attend
-from lineshaft.model.config import GroupedQueryAttention, ModelConfig
-from lineshaft.model.ffn import FeedForward
-from lineshaft.model.gqa import GqaBlock
+from lineshaft.model.config import ModelConfig
+from lineshaft.model.layer import Layer
 from lineshaft.model.linear import Linear
-from lineshaft.model.mla import MlaBlock
-from lineshaft.model.moe import ExpertBlock, Router
+from lineshaft.model.moe import Router
+from lineshaft.model.mtp import PredictionLayer
 from lineshaft.model.norm import RmsNorm
-from lineshaft.model.rope import Rotation, rotation
+from lineshaft.model.rope import rotation
 from lineshaft.ops import table as ops
-
-
-class Layer(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
-
-    __call__: Callable[..., Tensor]
-
-    def __init__(self, config: ModelConfig, index: int) -> None:
-        super().__init__()
-        self.index = index
-        a = config.attention
-        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = GqaBlock(config, a) if isinstance(a, GroupedQueryAttention) else MlaBlock(config, a)
-        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp: FeedForward | ExpertBlock
-        if config.moe is not None and config.is_moe_layer(index):
-            self.mlp = ExpertBlock(config.hidden_size, config.moe)
-        else:
-            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.mlp_bias)
-
-    def forward(self, x_TI: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
-        """[T, hidden] to [T, hidden]."""
-        x_TI = x_TI + self.self_attn(self.index, self.input_layernorm(x_TI), rotate, attend)
-        return x_TI + self.mlp(self.post_attention_layernorm(x_TI))
 
 
 class Trunk(nn.Module):
@@ -56,14 +32,20 @@ class Trunk(nn.Module):
         self.config = config
         # A ready tensor: nn.Embedding would draw random numbers first, which on the meta device alone takes seconds.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size))
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        further = range(config.num_hidden_layers, config.all_layers)
+        self.layers = nn.ModuleList(
+            [
+                *(Layer(config, index) for index in range(config.num_hidden_layers)),
+                *(PredictionLayer(config, index) for index in further),
+            ]
+        )
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Token ids [T] to hidden states [T, hidden]."""
         rotate = rotation(self.config, positions_T)
         x_TI: Tensor = self.embed_tokens(tokens_T)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:
             x_TI = layer(x_TI, rotate, attend)
         return self.norm(x_TI)
 
@@ -91,6 +73,18 @@ class Decoder(nn.Module):
         """Next-token logits [R, vocabulary] of some hidden states."""
         return ops.linear(hidden_RI, self.model.embed_tokens.weight, None) if self.lm_head is None else self.lm_head(hidden_RI)
 
+    def draft(self, depth: int, hidden_TI: Tensor, next_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [T, hidden] of prediction layer `depth` (from 0); `logits` of them guess the token after `next_T`.
+
+        `hidden_TI`: from `hidden` (depth 0) or from the draft before. `next_T`: the token that follows each of these rows,
+        true or guessed; `positions_T` are those of the rows, `attend` as for `hidden`.
+        """
+        if not 0 <= depth < self.config.num_nextn_predict_layers:
+            raise IndexError(f"prediction layer {depth} of {self.config.num_nextn_predict_layers}")
+        layer = self.model.layers[self.config.num_hidden_layers + depth]
+        assert isinstance(layer, PredictionLayer)
+        return layer.predict(hidden_TI, self.model.embed_tokens(next_T), rotation(self.config, positions_T), attend)
+
     def linears(self) -> dict[str, Linear]:
         """Every linear layer by its name in the checkpoint."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
@@ -101,12 +95,12 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Fresh weights: normal with the config's standard deviation, norms one, biases zero; equal for equal seeds."""
+        """Fresh weights: normal with the config's standard deviation, norms one, biases and added gates zero; equal for equal seeds."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
-            elif name.endswith("bias"):
+            elif name.endswith("bias") or (".added_experts." in name and name.endswith(".gate.weight")):
                 parameter.zero_()
             else:
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)

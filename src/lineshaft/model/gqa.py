@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from lineshaft.model.attend import Attend, Reach
+from lineshaft.model.attend import Attend
 from lineshaft.model.config import GroupedQueryAttention, ModelConfig
 from lineshaft.model.linear import Linear
 from lineshaft.model.norm import RmsNorm
 from lineshaft.model.rope import Rotation
+from lineshaft.ops.reach import Reach
 
 
 class GqaBlock(nn.Module):
@@ -18,11 +19,10 @@ class GqaBlock(nn.Module):
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, config: ModelConfig, attention: GroupedQueryAttention) -> None:
+    def __init__(self, config: ModelConfig, attention: GroupedQueryAttention, reach: Reach) -> None:
         super().__init__()
         a, hidden = attention, config.hidden_size
-        self.head_dim = a.head_dim
-        self.reach = Reach(a.head_dim**-0.5, a.sliding_window)
+        self.head_dim, self.scale, self.reach = a.head_dim, a.head_dim**-0.5, reach
         self.q_proj = Linear(hidden, a.num_attention_heads * a.head_dim, a.qkv_bias)
         self.k_proj = Linear(hidden, a.num_key_value_heads * a.head_dim, a.qkv_bias)
         self.v_proj = Linear(hidden, a.num_key_value_heads * a.head_dim, a.qkv_bias)
@@ -35,5 +35,5 @@ class GqaBlock(nn.Module):
         q, k, v = (proj(x_TI).view(len(x_TI), -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        out_THD = attend.gqa(layer, rotate(q), rotate(k), v, self.reach)
+        out_THD = attend.gqa(layer, rotate(q), rotate(k), v, self.scale, self.reach)
         return self.o_proj(out_THD.flatten(1))

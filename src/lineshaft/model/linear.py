@@ -42,6 +42,11 @@ class Linear(nn.Module):
         """Store the weight in another format; what the product computes becomes that format's rounding of it."""
         self._hold(fmt, fmt.encode(self.dense_weight(torch.float32)))
 
+    def dequantise(self, dtype: torch.dtype) -> None:
+        """Hold the weight that the product uses as a dense one; nothing to do where it is dense."""
+        if self.format != DENSE:
+            self._hold(DENSE, {"weight": self.dense_weight(dtype)})
+
     def reserve(self, fmt: Format) -> None:
         """Make room for a weight in this format, to be loaded from a checkpoint."""
         self._hold(fmt, fmt.empty(self.out_features, self.in_features))

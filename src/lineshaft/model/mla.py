@@ -1,16 +1,21 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), and the indexer of DeepSeek-V3.2."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lineshaft.model.attend import Attend, LatentQuery, Reach
-from lineshaft.model.config import LatentAttention, ModelConfig
+from lineshaft.model.attend import Attend, IndexQuery, LatentQuery
+from lineshaft.model.config import Indexer, LatentAttention, ModelConfig
 from lineshaft.model.linear import Linear
 from lineshaft.model.norm import RmsNorm
+from lineshaft.model.positions import Yarn
 from lineshaft.model.rope import Rotation
+from lineshaft.ops.reach import Reach
 
 # DeepSeek's published code leaves the norms inside attention at this, whatever the model's rms_norm_eps says.
 LATENT_NORM_EPS = 1e-6
@@ -21,11 +26,12 @@ class MlaBlock(nn.Module):
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, config: ModelConfig, attention: LatentAttention) -> None:
+    def __init__(self, config: ModelConfig, attention: LatentAttention, reach: Reach) -> None:
         super().__init__()
         a, hidden = attention, config.hidden_size
-        self.nope, self.rope, self.latent = a.qk_nope_head_dim, a.qk_rope_head_dim, a.kv_lora_rank
-        self.reach = Reach((self.nope + self.rope) ** -0.5)
+        self.nope, self.rope, self.latent, self.interleaved = a.qk_nope_head_dim, a.qk_rope_head_dim, a.kv_lora_rank, a.rope_interleave
+        stretch = config.rope_scaling.score_scale if isinstance(config.rope_scaling, Yarn) else 1.0
+        self.scale, self.reach = (self.nope + self.rope) ** -0.5 * stretch, reach
         queries = a.num_attention_heads * (self.nope + self.rope)
         if a.q_lora_rank is None:
             self.q_proj = Linear(hidden, queries)
@@ -38,17 +44,62 @@ class MlaBlock(nn.Module):
         self.kv_a_layernorm = RmsNorm(a.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(a.kv_lora_rank, a.num_attention_heads * (self.nope + a.v_head_dim))
         self.o_proj = Linear(a.num_attention_heads * a.v_head_dim, hidden, a.bias)
+        self.indexer = IndexerBlock(config, a, a.indexer) if a.indexer is not None else None
 
     def forward(self, layer: int, x_TI: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
         """[T, hidden] to [T, hidden]."""
-        q_THD = self._queries(x_TI).view(len(x_TI), -1, self.nope + self.rope)
-        q_nope, q_rope = q_THD.split_with_sizes([self.nope, self.rope], -1)
+        rotate = replace(rotate, interleaved=self.interleaved)
+        narrow_TI = self.q_a_layernorm(self.q_a_proj(x_TI)) if self.compressed_query else x_TI
+        q_TQ = self.q_b_proj(narrow_TI) if self.compressed_query else self.q_proj(x_TI)
+        q_nope, q_rope = q_TQ.view(len(x_TI), -1, self.nope + self.rope).split_with_sizes([self.nope, self.rope], -1)
         latent_TC, k_rope_TR = self.kv_a_proj_with_mqa(x_TI).split_with_sizes([self.latent, self.rope], -1)
         query = LatentQuery(q_nope, rotate(q_rope), self.kv_b_proj)
-        out_THV = attend.mla(layer, query, self.kv_a_layernorm(latent_TC), rotate(k_rope_TR[:, None])[:, 0], self.reach)
-        return self.o_proj(out_THV.flatten(1))
+        latent_TC, k_rope_TR = self.kv_a_layernorm(latent_TC), rotate(k_rope_TR[:, None])[:, 0]
+        index = None if self.indexer is None else self.indexer(x_TI, narrow_TI, rotate)
+        return self.o_proj(attend.mla(layer, query, latent_TC, k_rope_TR, self.scale, self.reach, index).flatten(1))
 
-    def _queries(self, x_TI: Tensor) -> Tensor:
-        if not self.compressed_query:
-            return self.q_proj(x_TI)
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TI)))
+
+class IndexerBlock(nn.Module):
+    """The lightning indexer: small heads that score earlier tokens; the best are attended to (DeepSeek-V3.2, section 2.1).
+
+    DeepSeek's kernels score in FP8 after a Hadamard rotation; both leave the products what they are but for rounding.
+    """
+
+    __call__: Callable[..., IndexQuery]
+
+    def __init__(self, config: ModelConfig, attention: LatentAttention, indexer: Indexer) -> None:
+        super().__init__()
+        assert attention.q_lora_rank is not None  # LatentAttention sees to it
+        self.heads, self.width, self.top_k = indexer.num_heads, indexer.head_dim, indexer.top_k
+        self.rope = attention.qk_rope_head_dim
+        self.wq_b = Linear(attention.q_lora_rank, self.heads * self.width)
+        self.wk = Linear(config.hidden_size, self.width)
+        self.k_norm = nn.LayerNorm(self.width, LATENT_NORM_EPS)
+        self.weights_proj = HeadWeights(config.hidden_size, self.heads)
+
+    @torch.no_grad()
+    def forward(self, x_TI: Tensor, narrow_TI: Tensor, rotate: Rotation) -> IndexQuery:
+        """Index queries, keys and weights of a row. The choice has no gradient, so the indexer learns nothing here."""
+        q_TJD = self.wq_b(narrow_TI).view(len(x_TI), self.heads, self.width)
+        key_T1D = self.k_norm(self.wk(x_TI))[:, None]
+        halves = replace(rotate, interleaved=False)  # unlike the attention beside it
+        return IndexQuery(self._turned(q_TJD, halves), self.weights_proj(x_TI), self._turned(key_T1D, halves)[:, 0], self.top_k)
+
+    def _turned(self, x_THD: Tensor, rotate: Rotation) -> Tensor:
+        return torch.cat([rotate(x_THD[..., : self.rope]), x_THD[..., self.rope :]], -1)
+
+
+class HeadWeights(nn.Module):
+    """How much each index head counts for a token; always in float32, and never compressed, since a choice hangs on it."""
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, hidden))
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, hidden] to float32 [T, heads]."""
+        with torch.autocast(x_TI.device.type, enabled=False):
+            weight_TJ: Tensor = F.linear(x_TI.float(), self.weight.float()) * self.weight.shape[0] ** -0.5
+        return weight_TJ

@@ -1,4 +1,8 @@
-"""Mixture of experts with a sigmoid router and a balancing bias (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)."""
+"""Mixture of experts: a router, the experts it chooses, and those that every token uses.
+
+Sigmoid routers with a balancing bias are DeepSeek-V3's (arXiv 2412.19437, section 2.1.2); softmax routers are those of
+Mixtral (arXiv 2401.04088, section 2.1), Qwen-MoE and DeepSeek-V2 (arXiv 2405.04434, section 2.2).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ class Router(nn.Module):
     """Chooses experts for each token and weights them."""
 
     __call__: Callable[..., tuple[Tensor, Tensor]]
-    e_score_correction_bias: Tensor
+    e_score_correction_bias: Tensor | None
     load: Tensor
 
     def __init__(self, hidden: int, moe: MixtureOfExperts) -> None:
@@ -25,16 +29,16 @@ class Router(nn.Module):
         self.moe = moe
         self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, hidden))
         # Steers the choice only, never the weights; moved by `rebalance`, not by gradients.
-        self.register_buffer("e_score_correction_bias", torch.zeros(moe.n_routed_experts))
+        bias = torch.zeros(moe.n_routed_experts) if moe.scoring_func == "sigmoid" else None
+        self.register_buffer("e_score_correction_bias", bias)
         # Tokens sent to each expert since the last `rebalance`; counted while training.
         self.register_buffer("load", torch.zeros(moe.n_routed_experts), persistent=False)
 
     def forward(self, x_TI: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [T, top] in float32 and experts [T, top] of each token."""
         with torch.autocast(x_TI.device.type, enabled=False):
-            affinity_TE = F.linear(x_TI.float(), self.weight.float()).sigmoid()
-        choice_TE = self._within_groups(affinity_TE.detach() + self.e_score_correction_bias)
-        expert_TK = choice_TE.topk(self.moe.num_experts_per_tok, sorted=False).indices
+            affinity_TE = self._affinity(F.linear(x_TI.float(), self.weight.float()))
+        expert_TK = self._choose(affinity_TE.detach())
         weight_TK = affinity_TE.gather(1, expert_TK)
         if self.moe.norm_topk_prob:
             weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
@@ -42,38 +46,63 @@ class Router(nn.Module):
             self.load += torch.bincount(expert_TK.flatten(), minlength=len(self.load))
         return weight_TK * self.moe.routed_scaling_factor, expert_TK
 
+    def _affinity(self, logits_TE: Tensor) -> Tensor:
+        return logits_TE.sigmoid() if self.moe.scoring_func == "sigmoid" else logits_TE.softmax(-1)
+
+    def _choose(self, affinity_TE: Tensor) -> Tensor:
+        """Experts [T, top] of the highest affinity, balancing bias included, among those of the best groups."""
+        if self.e_score_correction_bias is not None:
+            affinity_TE = affinity_TE + self.e_score_correction_bias
+        return self._within_groups(affinity_TE).topk(self.moe.num_experts_per_tok, sorted=False).indices
+
     def _within_groups(self, choice_TE: Tensor) -> Tensor:
-        """Rule out experts outside the best groups; a group is as good as the sum of its best two experts."""
+        """Rule out experts outside the best groups.
+
+        A group is as good as the sum of its best two experts (DeepSeek-V3), or with softmax as its best one (DeepSeek-V2).
+        """
         if self.moe.n_group == 1:
             return choice_TE
         grouped_TGE = choice_TE.view(len(choice_TE), self.moe.n_group, -1)
-        best_two_TG = grouped_TGE.topk(2, -1).values.sum(-1)
-        groups = best_two_TG.topk(self.moe.topk_group, -1, sorted=False).indices
-        keep_TG = torch.zeros_like(best_two_TG, dtype=torch.bool).scatter_(1, groups, True)
+        judges = 2 if self.moe.scoring_func == "sigmoid" else 1
+        worth_TG = grouped_TGE.topk(judges, -1).values.sum(-1)
+        groups = worth_TG.topk(self.moe.topk_group, -1, sorted=False).indices
+        keep_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter_(1, groups, True)
         return grouped_TGE.masked_fill(~keep_TG[:, :, None], -torch.inf).flatten(1)
 
     def rebalance(self, speed: float) -> None:
-        """Move the bias by `speed` towards equal load and forget the counts (section 2.1.2, auxiliary-loss-free)."""
-        self.e_score_correction_bias += speed * torch.sign(self.load.mean() - self.load)
+        """Move the bias, where there is one, by `speed` towards equal load and forget the counts (section 2.1.2)."""
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias += speed * torch.sign(self.load.mean() - self.load)
         self.load.zero_()
 
 
 class ExpertBlock(nn.Module):
-    """Routed experts and a shared one."""
+    """Routed experts, shared ones, and those added later."""
 
     __call__: Callable[..., Tensor]
 
     def __init__(self, hidden: int, moe: MixtureOfExperts) -> None:
         super().__init__()
+        width = moe.moe_intermediate_size
         self.gate = Router(hidden, moe)
-        self.experts = nn.ModuleList(FeedForward(hidden, moe.moe_intermediate_size) for _ in range(moe.n_routed_experts))
-        self.shared_experts = FeedForward(hidden, moe.moe_intermediate_size * moe.n_shared_experts) if moe.n_shared_experts else None
+        self.experts = nn.ModuleList(FeedForward(hidden, width) for _ in range(moe.n_routed_experts))
+        self.shared_experts = FeedForward(hidden, width * moe.n_shared_experts) if moe.n_shared_experts else None
+        gated = moe.shared_expert_intermediate_size
+        self.shared_expert = FeedForward(hidden, gated) if gated else None
+        self.shared_expert_gate = OutputGate(hidden) if gated else None
+        self.added_experts = nn.ModuleList(AddedExpert(hidden, width) for _ in range(moe.n_added_experts))
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, hidden] to [T, hidden]."""
         weight_TK, expert_TK = self.gate(x_TI)
         out = self._routed(x_TI, weight_TK.to(x_TI.dtype), expert_TK)
-        return out if self.shared_experts is None else out + self.shared_experts(x_TI)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x_TI)
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            out = out + self.shared_expert_gate(x_TI).sigmoid() * self.shared_expert(x_TI)
+        for added in self.added_experts:
+            out = out + added(x_TI)
+        return out
 
     def _routed(self, x_TI: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         """Sort the (token, expert) pairs by expert, run each expert once over its run, put the results back in place."""
@@ -86,6 +115,38 @@ class ExpertBlock(nn.Module):
         sorted_y = torch.cat([expert(run) for expert, run in runs if len(run)])
         y_TKI = permuted(sorted_y, back, order).view(tokens, top, -1)
         return (y_TKI * weight_TK[:, :, None]).sum(1)
+
+
+class OutputGate(nn.Module):
+    """One number a token that an expert's output is scaled by; never compressed, since it is a single row."""
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, hidden))
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, hidden] to [T, 1]."""
+        return F.linear(x_TI, self.weight)
+
+
+class AddedExpert(nn.Module):
+    """An expert that joins a finished model: gate(x) * expert(x), the gate's weights zero at first (as in arXiv 2003.04887).
+
+    With a zero gate it adds exactly nothing, yet the gate has a gradient, so training can open it.
+    """
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.expert = FeedForward(hidden, width)
+        self.gate = OutputGate(hidden)
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """[T, hidden] to [T, hidden]."""
+        return self.gate(x_TI) * self.expert(x_TI)
 
 
 def permuted(x: Tensor, order: Tensor, back: Tensor) -> Tensor:

@@ -1,27 +1,27 @@
 """How the weight of a linear layer is stored, and how it is multiplied by.
 
-A format encodes a dense weight into named tensors, decodes them back, multiplies by them, and describes itself in the
-words of compressed-tensors, so that transformers and vLLM read what we write. Names of the tensors in a format are the
-names in the checkpoint: nothing is renamed or rearranged between disk and product.
+A format encodes a dense weight into named tensors, decodes them back and multiplies by them. Names of the tensors in a
+format are the names in the checkpoint: nothing is renamed or rearranged between disk and product. How a checkpoint says
+which layer has which format is in `quantization.py`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lineshaft.base.errors import BadCheckpoint, ConfigError, UnsupportedModel
+from lineshaft.base.errors import ConfigError
 from lineshaft.ops import reference, table
 
 Tensors = Mapping[str, Tensor]
 
-
 _SMALLEST_FP16 = 2.0**-24
+_LARGEST_E4M3 = 448.0
 
 
 class Format(Protocol):
@@ -128,78 +128,61 @@ class Int8:
         return f"int8, one scale a {'channel' if self.group is None else f'group of {self.group}'}"
 
 
+@dataclass(frozen=True)
+class Fp8Block:
+    """FP8 weights (e4m3) with one scale a block of outputs x inputs, as DeepSeek-V3 ships them; activations untouched.
+
+    weight: float8_e4m3fn [O, I]; weight_scale_inv: float32 [O / rows, I / columns] rounded up, blocks at the edges being
+    smaller. The weight is code * scale, whatever the name says. DeepSeek's own kernels round activations to FP8 as well
+    (arXiv 2412.19437, section 3.3); ours do not, so results are those of the decoded weights.
+    """
+
+    block: tuple[int, int] = (128, 128)
+    """Outputs and inputs that share a scale."""
+    power_of_two: bool = False
+    """Scales are powers of two held as float32 ("scale_fmt": "ue8m0", DeepSeek-V3.1)."""
+    tensor_names: tuple[str, ...] = ("weight", "weight_scale_inv")
+
+    def encode(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        """See Format. The scale is max|w| / 448 over the block, 1 where all is zero."""
+        weight = weight_OI.detach().float()
+        scale_BC = self._largest(weight) / _LARGEST_E4M3
+        if not torch.isfinite(scale_BC).all():
+            raise ConfigError("a weight is not a number or infinite, which FP8 can't hold")
+        # Below its normal numbers float32 has steps as coarse as they are: codes would leave their range.
+        scale_BC = scale_BC.clamp(min=torch.finfo(torch.float32).tiny).masked_fill(scale_BC == 0, 1)
+        if self.power_of_two:
+            mantissa, exponent = torch.frexp(scale_BC)
+            scale_BC = torch.ldexp(torch.ones_like(scale_BC), exponent - (mantissa == 0.5).int())
+        codes = weight / reference.spread_blocks(scale_BC, weight.shape, self.block)
+        return {"weight": codes.to(torch.float8_e4m3fn), "weight_scale_inv": scale_BC}
+
+    def _largest(self, weight_OI: Tensor) -> Tensor:
+        """The largest magnitude in each block."""
+        (rows, columns), (outputs, inputs) = self.block, weight_OI.shape
+        padded = F.pad(weight_OI.abs(), (0, -inputs % columns, 0, -outputs % rows))
+        return padded.view(-(-outputs // rows), rows, -(-inputs // columns), columns).amax((1, 3))
+
+    def empty(self, outputs: int, inputs: int) -> dict[str, Tensor]:
+        """See Format."""
+        rows, columns = self.block
+        return {
+            "weight": torch.empty(outputs, inputs, dtype=torch.float8_e4m3fn),
+            "weight_scale_inv": torch.empty(-(-outputs // rows), -(-inputs // columns)),
+        }
+
+    def decode(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
+        """See Format."""
+        return reference.unpack_fp8(tensors["weight"], tensors["weight_scale_inv"], self.block, dtype)
+
+    def matmul(self, x_TI: Tensor, tensors: Tensors, bias_O: Tensor | None) -> Tensor:
+        """See Format."""
+        return table.linear_fp8(x_TI, tensors["weight"], tensors["weight_scale_inv"], self.block, bias_O)
+
+    def describe(self) -> str:
+        """See Format."""
+        rows, columns = self.block
+        return f"fp8, one {'power-of-two ' if self.power_of_two else ''}scale a block of {rows}x{columns}"
+
+
 DENSE = Dense()
-_READ = "weight-only symmetric INT8 by compressed-tensors, pack-quantized, one scale a channel or group"
-
-
-def to_compressed_tensors(formats: Mapping[str, Format]) -> dict[str, Any] | None:
-    """The `quantization_config` of config.json for layers in these formats, or None when all are dense.
-
-    Raises ConfigError for a mixture of quantised formats, which this layout can hold but we do not write yet.
-    """
-    quantised = {name: item for name, item in formats.items() if isinstance(item, Int8)}
-    if not quantised:
-        return None
-    kinds = set(quantised.values())
-    if len(kinds) > 1:
-        raise ConfigError("layers in different quantised formats can't be saved in one checkpoint yet")
-    (kind,) = kinds
-    assert isinstance(kind, Int8)
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group" if kind.group else "channel", "group_size": kind.group}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": sorted(name for name, item in formats.items() if isinstance(item, Dense)),
-    }
-
-
-def from_compressed_tensors(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, Format]:
-    """The format of each of these linear layers, as a `quantization_config` names it.
-
-    Raises UnsupportedModel for a scheme that we do not read, BadCheckpoint when the table is broken.
-    """
-    try:
-        if (method := config["quant_method"]) != "compressed-tensors":
-            raise UnsupportedModel(f'quantization by "{method}" is not supported; supported: {_READ}')
-        groups = list(config["config_groups"].values())
-        if len(groups) != 1:
-            raise UnsupportedModel(f"quantization_config: {len(groups)} config_groups are not supported; supported: {_READ}")
-        fmt, ignore = _int8_of(config, groups[0]), [str(item) for item in config.get("ignore") or ()]
-        return {name: DENSE if any(_names(item, name) for item in ignore) else fmt for name in layers}
-    except (KeyError, TypeError, AttributeError, re.error) as error:
-        raise BadCheckpoint(f"quantization_config can't be read: {error!r}") from None
-
-
-def _int8_of(config: Mapping[str, Any], group: Mapping[str, Any]) -> Int8:
-    weights = group["weights"]
-    wanted: tuple[tuple[str, object, tuple[object, ...]], ...] = (
-        ("format", group.get("format") or config["format"], ("pack-quantized",)),
-        ("quantization_status", config.get("quantization_status", "compressed"), ("compressed",)),
-        ("kv_cache_scheme", config.get("kv_cache_scheme"), (None, {})),
-        ("sparsity_config", config.get("sparsity_config"), (None, {})),
-        ("transform_config", config.get("transform_config"), (None, {})),
-        ("targets", group["targets"], (["Linear"],)),
-        ("input_activations", group.get("input_activations"), (None,)),
-        ("output_activations", group.get("output_activations"), (None,)),
-        ("num_bits", weights["num_bits"], (8,)),
-        ("type", weights["type"], ("int",)),
-        ("symmetric", weights["symmetric"], (True,)),
-        ("strategy", weights["strategy"], ("channel", "group")),
-        ("actorder", weights.get("actorder"), (None, False, "weight", "static")),
-    )
-    for name, value, known in wanted:
-        if value not in known:
-            raise UnsupportedModel(f"quantization_config: {name} {value!r} is not supported; supported: {_READ}")
-    if weights["strategy"] == "channel":
-        return Int8()
-    if not isinstance(weights["group_size"], int) or weights["group_size"] < 1:
-        raise BadCheckpoint(f"quantization_config: group_size {weights['group_size']!r} is not a number of inputs")
-    return Int8(weights["group_size"])
-
-
-def _names(item: str, layer: str) -> bool:
-    """Does an entry of `ignore` mean this layer? Entries are names, or patterns after "re:"."""
-    return re.match(item[3:], layer) is not None if item.startswith("re:") else item == layer

@@ -1,14 +1,26 @@
 """The reference of every op: plain PyTorch, short and right. A faster kernel must agree with these on random shapes.
 
 Shape letters: T tokens in the packed batch, I inputs, O outputs, G groups of inputs that share a scale, H query heads,
-K key-value heads, D head width, C latent width, R rotary width, S tokens of context, P pages, B tokens in a page.
+K key-value heads, D head width, V value width, C latent width, R rotary width, S tokens of context, U some of them, P pages,
+B tokens in a page, or rows.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lineshaft.ops.reach import Reach, Span, Window
+
+QUERIES = 192
+"""Neighbouring queries that go over the same keys together, where they see many; a third of it where they see few.
+
+Fewer waste fewer keys on those that only one of them sees; from 192 on PyTorch's kernel works in larger blocks.
+"""
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -30,6 +42,24 @@ def unpack_int8(packed_OJ: Tensor, scale_OG: Tensor, dtype: torch.dtype) -> Tens
     signed_OI = packed_OJ.view(torch.uint8).to(torch.float32) - 128
     scaled_OGI = signed_OI.view(*scale_OG.shape, -1) * scale_OG.to(torch.float32)[:, :, None]
     return scaled_OGI.flatten(1).to(dtype)
+
+
+def linear_fp8(x_TI: Tensor, weight_OI: Tensor, scale_BC: Tensor, block: tuple[int, int], bias_O: Tensor | None) -> Tensor:
+    """x W^T + b for FP8 weights (float8_e4m3fn) with one scale a block of outputs x inputs; activations are not rounded.
+
+    scale_BC: [O / block[0], I / block[1]] rounded up: blocks at the edges may be smaller. Result [T, O] in the dtype of x.
+    """
+    return F.linear(x_TI, unpack_fp8(weight_OI, scale_BC, block, x_TI.dtype), bias_O)
+
+
+def unpack_fp8(weight_OI: Tensor, scale_BC: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weights that `linear_fp8` multiplies by: code * scale in float32, then `dtype`."""
+    return weight_OI.float().mul_(spread_blocks(scale_BC.float(), weight_OI.shape, block)).to(dtype)
+
+
+def spread_blocks(scale_BC: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
+    """One number a block as one number an element of `shape`, the blocks at the edges cut."""
+    return scale_BC.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
 
 
 def rms_norm(x_TI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
@@ -57,43 +87,147 @@ def silu_mul(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     return F.silu(gate_TI) * up_TI
 
 
-def paged_gqa(q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, table: Tensor, first: int, scale: float, window: int | None) -> Tensor:
-    """Causal attention of one request's T newest tokens over its paged keys and values.
+def rows_gqa(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKV: Tensor, seen_BSS: Tensor | None, scale: float) -> Tensor:
+    """Attention inside each of B rows. `seen_BSS`: bool, may this query see that key; None: causal. Result [B, S, H, V]."""
+    q_BHSD, k_BKSD, v_BKSV = (x.transpose(1, 2) for x in (q_BSHD, k_BSKD, _as_wide(v_BSKV, q_BSHD)))
+    mask = None if seen_BSS is None else seen_BSS[:, None]
+    grouped = q_BSHD.shape[2] != k_BSKD.shape[2]
+    out_BHSV = F.scaled_dot_product_attention(q_BHSD, k_BKSD, v_BKSV, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    return out_BHSV.transpose(1, 2)[..., : v_BSKV.shape[-1]]
+
+
+def attention(q_THD: Tensor, k_SKD: Tensor, v_SKV: Tensor, seen_TS: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention of T queries over the S keys that each may see (None: all). Result [T, H, V].
+
+    The queries that share a key head become rows of one product: a decoding step reads each key once, not once a head.
+    """
+    shared = q_THD.shape[1] // k_SKD.shape[1]
+    return _folded(q_THD, k_SKD, v_SKV, None if seen_TS is None else seen_TS.repeat_interleave(shared, 0), scale)
+
+
+def _folded(q_THD: Tensor, k_SKD: Tensor, v_SKV: Tensor, mask_RS: Tensor | None, scale: float) -> Tensor:
+    """`attention` with a row of the mask for each query of a key head: T x H/K."""
+    tokens, _, width = q_THD.shape
+    q_KRD = q_THD.view(tokens, k_SKD.shape[1], -1, width).transpose(0, 1).flatten(1, 2)
+    k_KSD, v_KSV = k_SKD.transpose(0, 1), _as_wide(v_SKV, q_THD).transpose(0, 1)
+    out_KRV = F.scaled_dot_product_attention(q_KRD[None], k_KSD[None], v_KSV[None], mask_RS, scale=scale)[0, ..., : v_SKV.shape[-1]]
+    return out_KRV.view(len(out_KRV), tokens, -1, v_SKV.shape[-1]).transpose(0, 1).flatten(1, 2)
+
+
+def reach_gqa(q_THD: Tensor, k_SKD: Tensor, v_SKV: Tensor, scale: float, reach: Reach) -> Tensor:
+    """Attention of one document's last T tokens over its S. Result [T, H, V].
+
+    What `reach` hides costs nothing: only the spans that it names are multiplied.
+    """
+    return _in_tiles(q_THD, k_SKD, v_SKV, [(0, len(k_SKD))], len(k_SKD) - len(q_THD), scale, reach)
+
+
+def paged_rows(pages: Tensor, table: Tensor, positions_S: Tensor) -> Tensor:
+    """Entries [S, ...] at these positions of one request. pages: [P, B, ...]; table: int64 page numbers in order of position."""
+    size = pages.shape[1]
+    return pages.flatten(0, 1).index_select(0, table[positions_S // size] * size + positions_S % size)
+
+
+def paged_gqa(q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, table: Tensor, first: int, scale: float, reach: Reach) -> Tensor:
+    """Attention of one request's T newest tokens over its paged keys and values. Result [T, H, D].
 
     pages_k, pages_v: [P, B, K, D]; table: int64 page numbers of this request in order; `first`: position of the first of
-    the T tokens, whose keys are already in the pages. `window`: a token sees itself and the window - 1 tokens before.
-    Result [T, H, D].
+    the T tokens, whose keys are already in the pages. Only what `reach` lets them see is read.
     """
-    context = first + q_THD.shape[0]
-    k_KSD = pages_k[table].flatten(0, 1)[:context].transpose(0, 1)
-    v_KSD = pages_v[table].flatten(0, 1)[:context].transpose(0, 1)
-    visible = visible_from(first, q_THD.shape[0], context, window, q_THD.device)
-    out = F.scaled_dot_product_attention(
-        q_THD.transpose(0, 1)[None], k_KSD[None], v_KSD[None], attn_mask=visible, scale=scale, enable_gqa=True
-    )
-    return out[0].transpose(0, 1)
+    spans = reach.spans(first, first + len(q_THD))
+    positions_S = _positions(spans, table)
+    k_SKD, v_SKD = paged_rows(pages_k, table, positions_S), paged_rows(pages_v, table, positions_S)
+    return _in_tiles(q_THD, k_SKD, v_SKD, spans, first, scale, reach)
 
 
-def paged_mla(q_THC: Tensor, q_rope_THR: Tensor, pages: Tensor, table: Tensor, first: int, scale: float) -> Tensor:
-    """Absorbed latent attention of one request's T newest tokens over its paged latents.
+def paged_mla(q_THC: Tensor, q_rope_THR: Tensor, pages: Tensor, table: Tensor, first: int, scale: float, reach: Reach) -> Tensor:
+    """Absorbed latent attention of one request's T newest tokens over its paged latents, as one key-value head.
 
     pages: [P, B, C + R], each entry a normalised latent followed by the rotated shared key. q_THC: queries already taken
     through the key half of the up-projection. Result [T, H, C], still to be taken through the value half
     (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
     """
-    latent = q_THC.shape[-1]
-    context = first + q_THC.shape[0]
-    entries_SE = pages[table].flatten(0, 1)[:context]
-    latent_SC, k_rope_SR = entries_SE[:, :latent], entries_SE[:, latent:]
-    scores_HTS = torch.einsum("thc,sc->hts", q_THC, latent_SC) + torch.einsum("thr,sr->hts", q_rope_THR, k_rope_SR)
-    visible = visible_from(first, q_THC.shape[0], context, None, q_THC.device)
-    weights = (scores_HTS.float() * scale).masked_fill(~visible, -torch.inf).softmax(-1).to(q_THC.dtype)
-    return torch.einsum("hts,sc->thc", weights, latent_SC)
+    spans = reach.spans(first, first + len(q_THC))
+    entries_SE = paged_rows(pages, table, _positions(spans, table))[:, None]
+    # The rotated key is taken along as values and dropped: equal widths let PyTorch fuse, and nothing is copied.
+    return _in_tiles(torch.cat([q_THC, q_rope_THR], -1), entries_SE, entries_SE, spans, first, scale, reach)[..., : q_THC.shape[-1]]
 
 
-def visible_from(first: int, queries: int, context: int, window: int | None, device: torch.device) -> Tensor:
-    """Bool [queries, context]: may the token at position first + i see position j?"""
-    q_T = torch.arange(first, first + queries, device=device)[:, None]
-    k_S = torch.arange(context, device=device)[None, :]
-    visible = k_S <= q_T
-    return visible if window is None else visible & (q_T - k_S < window)
+def paged_chosen_mla(q_THC: Tensor, q_rope_THR: Tensor, pages: Tensor, table: Tensor, chosen_TS: Tensor, scale: float) -> Tensor:
+    """`paged_mla` over chosen tokens: bool [T, S], S tokens of context. What no query has chosen is not read."""
+    positions_U = chosen_TS.any(0).nonzero()[:, 0]
+    entries_UE = paged_rows(pages, table, positions_U)[:, None]
+    seen_TU = None if len(chosen_TS) == 1 else chosen_TS[:, positions_U]
+    return attention(torch.cat([q_THC, q_rope_THR], -1), entries_UE, entries_UE, seen_TU, scale)[..., : q_THC.shape[-1]]
+
+
+def sees_all(reach: Reach, tokens: int) -> bool:
+    """Does every token of a document so long see everything before it?"""
+    return reach.pairs(tokens) == tokens * (tokens + 1) // 2
+
+
+def _in_tiles(q_THD: Tensor, k_SKD: Tensor, v_SKV: Tensor, spans: list[Span], first: int, scale: float, reach: Reach) -> Tensor:
+    """Queries from position `first` on, a tile at a time over the keys in its reach. Keys and values are of the positions `spans`.
+
+    The beginning of a document, where everything before is seen, is one tile that needs no mask.
+    """
+    last, outs = first + len(q_THD), []
+    if first == 0:
+        first = bisect_left(range(1, last + 1), True, key=lambda tokens: not sees_all(reach, tokens))
+        outs.append(rows_gqa(q_THD[None, :first], k_SKD[None, :first], v_SKV[None, :first], None, scale)[0])
+        q_THD = q_THD[first:]
+    if first == last:
+        return outs[0]
+    seen = sum(stop - start for start, stop in reach.spans(last - 1, last))
+    size = QUERIES if seen >= 4 * QUERIES else max(1, QUERIES // 3)
+    shared = q_THD.shape[1] // k_SKD.shape[1]
+    for tile in range(first - first % size, last, size):
+        start, stop = max(tile, first), min(tile + size, last)
+        near = reach.spans(start, stop)
+        k, v = _cut(k_SKD, spans, near), _cut(v_SKV, spans, near)
+        outs.append(_folded(q_THD[start - first : stop - first], k, v, _mask(reach, start, stop, shared, q_THD), scale))
+    return torch.cat(outs)
+
+
+def _mask(reach: Reach, start: int, stop: int, shared: int, like: Tensor) -> Tensor | None:
+    """0 where a query sees a key of its tile's spans and -inf elsewhere; each query's row `shared` times over.
+
+    None when all is seen: the spans of a single query hold nothing but what it sees. Beyond its first tokens a window
+    looks the same wherever it stands, so all tiles share the mask of the first such tile.
+    """
+    if stop - start == 1:
+        return None
+    beyond = max(0, start - reach.window + 1 - reach.global_tokens) if isinstance(reach, Window) else 0
+    return _made_mask(reach, start - beyond, stop - beyond, shared, like.dtype, like.device)
+
+
+@lru_cache(maxsize=8)
+def _made_mask(reach: Reach, start: int, stop: int, shared: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it may be made while scoring and used while training
+        keys_S = _positions(reach.spans(start, stop), torch.empty(0, device=device))
+        seen_TS = reach.visible(torch.arange(start, stop, device=device)[:, None], keys_S[None])
+        mask_TS = torch.zeros(seen_TS.shape, dtype=dtype, device=device).masked_fill(~seen_TS, -torch.inf)
+        return mask_TS.repeat_interleave(shared, 0)
+
+
+def _positions(spans: list[Span], like: Tensor) -> Tensor:
+    """All positions of the spans, on the device of `like`."""
+    return torch.cat([torch.arange(start, stop, device=like.device) for start, stop in spans])
+
+
+def _cut(x_S: Tensor, held: list[Span], wanted: list[Span]) -> Tensor:
+    """The entries of the wanted spans, out of those of the held ones, which contain them. One span is not copied."""
+    parts, offset, left = [], 0, iter(held)
+    low, high = next(left)
+    for start, stop in wanted:
+        while stop > high:
+            offset += high - low
+            low, high = next(left)
+        parts.append(x_S[offset + start - low : offset + stop - low])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _as_wide(values: Tensor, queries: Tensor) -> Tensor:
+    """Values filled up with zeros to the width of the queries: three times faster than unequal widths, which PyTorch can't fuse."""
+    missing = queries.shape[-1] - values.shape[-1]
+    return F.pad(values, (0, missing)) if missing > 0 else values

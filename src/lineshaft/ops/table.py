@@ -11,17 +11,24 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from lineshaft.ops import reference
+from lineshaft.ops.reach import Reach
 
 Kernel = Callable[..., Tensor]
 
 REFERENCE: Mapping[str, Kernel] = {
     "linear": reference.linear,
     "linear_int8": reference.linear_int8,
+    "linear_fp8": reference.linear_fp8,
     "rms_norm": reference.rms_norm,
     "rope": reference.rope,
     "silu_mul": reference.silu_mul,
+    "rows_gqa": reference.rows_gqa,
+    "attention": reference.attention,
+    "reach_gqa": reference.reach_gqa,
+    "paged_rows": reference.paged_rows,
     "paged_gqa": reference.paged_gqa,
     "paged_mla": reference.paged_mla,
+    "paged_chosen_mla": reference.paged_chosen_mla,
 }
 """Right on every device."""
 
@@ -49,6 +56,11 @@ def linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -
     return kernel("linear_int8", x)(x, packed, scale, bias)
 
 
+def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, block: tuple[int, int], bias: Tensor | None) -> Tensor:
+    """See `reference.linear_fp8`."""
+    return kernel("linear_fp8", x)(x, weight, scale, block, bias)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`."""
     return kernel("rms_norm", x)(x, weight, eps)
@@ -64,11 +76,36 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return kernel("silu_mul", gate)(gate, up)
 
 
-def paged_gqa(q: Tensor, pages_k: Tensor, pages_v: Tensor, table: Tensor, first: int, scale: float, window: int | None) -> Tensor:
+def rows_gqa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    """See `reference.rows_gqa`."""
+    return kernel("rows_gqa", q)(q, k, v, seen, scale)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    """See `reference.attention`."""
+    return kernel("attention", q)(q, k, v, seen, scale)
+
+
+def reach_gqa(q: Tensor, k: Tensor, v: Tensor, scale: float, reach: Reach) -> Tensor:
+    """See `reference.reach_gqa`."""
+    return kernel("reach_gqa", q)(q, k, v, scale, reach)
+
+
+def paged_rows(pages: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    """See `reference.paged_rows`."""
+    return kernel("paged_rows", pages)(pages, table, positions)
+
+
+def paged_gqa(q: Tensor, pages_k: Tensor, pages_v: Tensor, table: Tensor, first: int, scale: float, reach: Reach) -> Tensor:
     """See `reference.paged_gqa`."""
-    return kernel("paged_gqa", q)(q, pages_k, pages_v, table, first, scale, window)
+    return kernel("paged_gqa", q)(q, pages_k, pages_v, table, first, scale, reach)
 
 
-def paged_mla(q: Tensor, q_rope: Tensor, pages: Tensor, table: Tensor, first: int, scale: float) -> Tensor:
+def paged_mla(q: Tensor, q_rope: Tensor, pages: Tensor, table: Tensor, first: int, scale: float, reach: Reach) -> Tensor:
     """See `reference.paged_mla`."""
-    return kernel("paged_mla", q)(q, q_rope, pages, table, first, scale)
+    return kernel("paged_mla", q)(q, q_rope, pages, table, first, scale, reach)
+
+
+def paged_chosen_mla(q: Tensor, q_rope: Tensor, pages: Tensor, table: Tensor, chosen: Tensor, scale: float) -> Tensor:
+    """See `reference.paged_chosen_mla`."""
+    return kernel("paged_chosen_mla", q)(q, q_rope, pages, table, chosen, scale)

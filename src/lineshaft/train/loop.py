@@ -113,8 +113,8 @@ def _step(
     for part in parts:
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
             loss = objective(model, part)
-        (loss / targets).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        total += loss.item()
+        (loss.total / targets).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        total += loss.next_token.item()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimiser.clip_norm).item()
     if not (math.isfinite(total) and math.isfinite(norm)):
         told = "lower optimiser.peak_lr or raise optimiser.warmup_share; nothing was saved of this step"

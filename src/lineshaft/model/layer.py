@@ -1,0 +1,40 @@
+"""One decoder layer: attention, then a feed-forward block, each added to what came in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from lineshaft.model.attend import Attend
+from lineshaft.model.config import GroupedQueryAttention, ModelConfig
+from lineshaft.model.ffn import FeedForward
+from lineshaft.model.gqa import GqaBlock
+from lineshaft.model.mla import MlaBlock
+from lineshaft.model.moe import ExpertBlock
+from lineshaft.model.norm import RmsNorm
+from lineshaft.model.rope import Rotation
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    __call__: Callable[..., Tensor]
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        a, reach = config.attention, config.reach_of(index)
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = GqaBlock(config, a, reach) if isinstance(a, GroupedQueryAttention) else MlaBlock(config, a, reach)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: FeedForward | ExpertBlock
+        if config.moe is not None and config.is_moe_layer(index):
+            self.mlp = ExpertBlock(config.hidden_size, config.moe)
+        else:
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.mlp_bias)
+
+    def forward(self, x_TI: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
+        """[T, hidden] to [T, hidden]."""
+        x_TI = x_TI + self.self_attn(self.index, self.input_layernorm(x_TI), rotate, attend)
+        return x_TI + self.mlp(self.post_attention_layernorm(x_TI))

@@ -1,0 +1,20 @@
+"""Which ops a model runs, from its description alone: `lineshaft check` looks up the kernel of each. Free of torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lineshaft.model.config import LatentAttention, ModelConfig
+
+
+def ops_used(config: ModelConfig, fmt: str, task: Literal["serve", "train"]) -> list[str]:
+    """Names of ops/table that a task may call. `fmt` as in memory.Stored: layers in it are multiplied in it, others dense."""
+    coded = {"int8": "linear_int8", "fp8": "linear_fp8"}.get(fmt.partition("-")[0])
+    found = ["linear", "rms_norm", "rope", "silu_mul", *([coded] if coded and task == "serve" else [])]
+    latent = isinstance(config.attention, LatentAttention)
+    indexer = isinstance(config.attention, LatentAttention) and config.attention.indexer is not None
+    if task == "train":
+        found += ["rows_gqa", "reach_gqa", *(["attention"] if indexer else [])]
+    else:
+        found += ["paged_mla" if latent else "paged_gqa", *(["paged_rows", "paged_chosen_mla"] if indexer else [])]
+    return sorted(found)

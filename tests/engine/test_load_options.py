@@ -1,0 +1,36 @@
+"""What EngineConfig says of loading reaches the model: decoded weights, another number of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lineshaft.base.errors import ConfigError
+from lineshaft.engine.loop import Engine, EngineConfig
+from lineshaft.model.checkpoint import save_checkpoint
+from lineshaft.model.decoder import Decoder
+from lineshaft.ops.formats import DENSE, Fp8Block
+
+
+@pytest.fixture
+def folder(tiny: Callable[..., Decoder], tmp_path: Path) -> Path:
+    model = tiny("deepseek_v3")
+    for name, linear in model.linears().items():
+        if name != "lm_head":
+            linear.recode(Fp8Block())
+    save_checkpoint(model, tmp_path, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("dequantise", "formats"), [(False, {DENSE, Fp8Block()}), (True, {DENSE})])
+def test_quantised_weights_are_kept_or_decoded(dequantise: bool, formats: set[object], folder: Path) -> None:
+    engine = Engine.load(folder, EngineConfig(dequantise=dequantise))
+    assert {linear.format for linear in engine.model.linears().values()} == formats
+
+
+def test_the_number_of_active_experts_is_the_one_asked_for(folder: Path) -> None:
+    assert [router.moe.num_experts_per_tok for router in Engine.load(folder, EngineConfig(active_experts=3)).model.routers()] == [3]
+    with pytest.raises(ConfigError, match="experts in reach"):
+        Engine.load(folder, EngineConfig(active_experts=5))

@@ -1,0 +1,95 @@
+"""Serving is refused before weights load when it can't fit, and the change that is named makes it fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lineshaft.base.errors import DoesNotFit
+from lineshaft.engine import preflight
+from lineshaft.engine.loop import Engine, EngineConfig
+from lineshaft.engine.preflight import Serving, check_room, judge_serving, serve_memory
+from lineshaft.model import fit
+from lineshaft.model.config import ModelConfig
+from lineshaft.model.decoder import Decoder
+from lineshaft.model.hf import to_hf
+from lineshaft.model.memory import Stored
+from lineshaft.sched.scheduler import SchedulerConfig
+
+LARGE = ModelConfig.model_validate(
+    {
+        "family": "llama",
+        "hidden_size": 1024,
+        "num_hidden_layers": 8,
+        "intermediate_size": 4096,
+        "max_position_embeddings": 4096,
+        "vocab_size": 32000,
+        "attention": {"kind": "gqa", "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 64},
+    }
+)
+
+
+def test_weights_and_cache_are_exactly_those_of_the_engine(model: Decoder) -> None:
+    config = EngineConfig(page_tokens=4, cache_bytes=40_000)
+    engine = Engine(model, config)
+    counted = serve_memory(Serving(model.config, Stored(), config)).phases["running"]
+    assert counted["weights"] == sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert counted["cache pages"] == sum(part.nbytes for parts in engine.runner.cache.parts for part in parts)
+
+
+def test_each_change_makes_it_smaller() -> None:
+    given = Serving(LARGE, Stored(), EngineConfig())
+    whole = serve_memory(given).total
+    for ladder in (
+        preflight._smaller_cache,
+        preflight._smaller_batch,
+        preflight._bfloat16,
+        preflight._int8,
+        preflight._shorter_context,
+    ):
+        sizes = [whole, *(serve_memory(changed).total for _, changed in ladder(given))]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[-1] < whole
+
+
+@pytest.mark.parametrize(
+    ("room", "change"),
+    [
+        (1200, []),
+        (1100, ["engine.cache_bytes="]),
+        (700, ["compress it to int8"]),
+        (500, ["engine.cache_bytes=", "engine.scheduler.step_tokens="]),
+    ],
+)
+def test_the_smallest_change_is_named(monkeypatch: pytest.MonkeyPatch, room: int, change: list[str]) -> None:
+    monkeypatch.setattr(preflight, "resident_memory_bytes", lambda: 200 << 20)
+    verdict = judge_serving(Serving(LARGE, Stored(), EngineConfig()), room << 20)
+    assert verdict.fits == (not change)
+    assert [told[: len(start)] for told, start in zip(verdict.change, change, strict=False)] == change
+
+
+def test_a_converted_checkpoint_is_held_twice_while_it_loads() -> None:
+    stored = Stored("bfloat16", "int8")
+    plain = serve_memory(Serving(LARGE, stored, EngineConfig()))
+    cast = serve_memory(Serving(LARGE, stored, EngineConfig(dequantise=True)))
+    assert plain.phases["loading"] == {"weights": stored.total(LARGE)}
+    assert sum(cast.phases["loading"].values()) == stored.total(LARGE) + Stored("bfloat16").total(LARGE)
+
+
+def test_fewer_active_experts_take_less(tiny: Callable[..., Decoder]) -> None:
+    config = tiny("deepseek_v3").config
+    wide = config.model_copy(update={"intermediate_size": 1})
+    one, two = (serve_memory(Serving(wide, Stored(), EngineConfig(active_experts=count))).total for count in (1, 2))
+    assert one < two
+
+
+def test_a_folder_that_can_not_be_served_is_refused_before_any_weight_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(LARGE, "float32")))
+    monkeypatch.setattr(fit, "available_memory_bytes", lambda: 300 << 20)
+    with pytest.raises(DoesNotFit, match=r"serve: needs .* of memory \(weights .*smallest change that fits: ."):
+        check_room(tmp_path, EngineConfig())
+    monkeypatch.setattr(fit, "available_memory_bytes", lambda: 64 << 30)
+    check_room(tmp_path, EngineConfig(scheduler=SchedulerConfig(max_batch=1)))

@@ -1,0 +1,153 @@
+"""Which layer is stored how: what we write is what we read, what others write is read or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import FineGrainedFP8Config
+
+from lineshaft.base.errors import BadCheckpoint, ConfigError, UnsupportedModel
+from lineshaft.ops.formats import DENSE, Fp8Block, Int8
+from lineshaft.ops.quantization import from_quantization_config, to_quantization_config
+
+DEEPSEEK: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+"""Word for word that of DeepSeek-V3's config.json."""
+
+
+@pytest.mark.parametrize("fmt", [Int8(), Int8(32)])
+def test_a_description_comes_back_as_the_same_formats(fmt: Int8) -> None:
+    formats = {"a": fmt, "b": DENSE, "c": fmt}
+    config = to_quantization_config(formats)
+    assert config is not None
+    assert from_quantization_config(config, formats, ()) == formats
+    assert to_quantization_config({"a": DENSE}) is None
+    for other in (Int8(64), Fp8Block()):
+        with pytest.raises(ConfigError, match="different quantised formats"):
+            to_quantization_config({"a": fmt, "b": other})
+
+
+def test_patterns_in_ignore_are_read() -> None:
+    config = to_quantization_config({"a": Int8()}) or {}
+    config["ignore"] = ["re:.*down_proj", "lm_head"]
+    read = from_quantization_config(config, ["layer.down_proj", "layer.up_proj", "lm_head", "xlm_head"], ())
+    assert read == {"layer.down_proj": DENSE, "layer.up_proj": Int8(), "lm_head": DENSE, "xlm_head": Int8()}
+    config["ignore"] = None
+    assert from_quantization_config(config, ["lm_head"], ()) == {"lm_head": Int8()}
+
+
+def _spoilt(path: str, value: Any) -> dict[str, Any]:
+    config: Any = to_quantization_config({"a": Int8(32)})
+    *parts, last = path.split("/")
+    here = config
+    for part in parts:
+        here = here[part]
+    here[last] = value
+    return dict(config)
+
+
+GROUP = "config_groups/group_0"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("quant_method", "gptq", 'quantization by "gptq"'),
+        ("format", "int-quantized", "format 'int-quantized'"),
+        ("quantization_status", "frozen", "quantization_status"),
+        ("kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme"),
+        ("transform_config", {"config_groups": {"u": 1}}, "transform_config"),
+        ("config_groups", {}, "0 config_groups"),
+        (f"{GROUP}/targets", ["re:.*self_attn.*"], "targets"),
+        (f"{GROUP}/input_activations", {"num_bits": 8}, "input_activations"),
+        (f"{GROUP}/weights/num_bits", 4, "num_bits 4"),
+        (f"{GROUP}/weights/type", "float", "type 'float'"),
+        (f"{GROUP}/weights/symmetric", False, "symmetric False"),
+        (f"{GROUP}/weights/strategy", "tensor", "strategy 'tensor'"),
+        (f"{GROUP}/weights/actorder", "group", "actorder 'group'"),
+    ],
+)
+def test_schemes_that_we_do_not_read_are_named(path: str, value: Any, told: str) -> None:
+    with pytest.raises(UnsupportedModel, match="supported: weight-only symmetric INT8") as caught:
+        from_quantization_config(_spoilt(path, value), ["a"], ())
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("config_groups", None),
+        ("config_groups", [1]),
+        (GROUP, {}),
+        (f"{GROUP}/weights", None),
+        (f"{GROUP}/weights", {"num_bits": 8}),
+        (f"{GROUP}/weights/group_size", "all"),
+        (f"{GROUP}/weights/group_size", 0),
+        ("ignore", 3),
+        ("ignore", ["re:("]),
+    ],
+)
+def test_a_broken_description_is_refused(path: str, value: Any) -> None:
+    with pytest.raises(BadCheckpoint, match="quantization_config"):
+        from_quantization_config(_spoilt(path, value), ["a"], ())
+
+
+def test_a_description_that_is_no_table_is_refused() -> None:
+    for broken in ([], "int8", 8):
+        with pytest.raises(BadCheckpoint, match="quantization_config"):
+            from_quantization_config(broken, ["a"], ())
+
+
+# -- FP8 ---------------------------------------------------------------------------------------------------------
+
+
+def test_layers_are_fp8_where_their_scales_are_stored() -> None:
+    read = from_quantization_config(DEEPSEEK, ["a", "b", "lm_head"], {"a.weight", "a.weight_scale_inv", "b.weight", "xb.weight_scale_inv"})
+    assert read == {"a": Fp8Block((128, 128)), "b": DENSE, "lm_head": DENSE}
+
+
+@pytest.mark.parametrize("extra", [{"modules_to_not_convert": ["b"]}, {"ignored_layers": ["b"]}, {"modules_to_not_convert": None}])
+def test_lists_of_what_was_left_alone_are_let_be(extra: dict[str, Any]) -> None:
+    assert from_quantization_config(DEEPSEEK | extra, ["a", "b"], {"a.weight_scale_inv"}) == {"a": Fp8Block(), "b": DENSE}
+
+
+@pytest.mark.parametrize("fmt", [Fp8Block(), Fp8Block((64, 32)), Fp8Block(power_of_two=True)])
+def test_an_fp8_description_comes_back_and_transformers_understands_it(fmt: Fp8Block) -> None:
+    formats = {"model.layers.0.mlp.up_proj": fmt, "model.layers.0.mlp.gate": DENSE, "lm_head": DENSE}
+    config = to_quantization_config(formats)
+    assert config is not None
+    assert from_quantization_config(config, formats, {"model.layers.0.mlp.up_proj.weight_scale_inv"}) == formats
+    theirs = FineGrainedFP8Config(**config)
+    assert list(theirs.weight_block_size) == list(fmt.block)
+    assert theirs.scale_fmt == ("ue8m0" if fmt.power_of_two else "float")
+    assert {name: should_convert_module(name, theirs.modules_to_not_convert) for name in formats} == {
+        name: item != DENSE for name, item in formats.items()
+    }
+
+
+def test_deepseeks_description_is_written_back_with_what_it_leaves_out() -> None:
+    assert to_quantization_config({"a": Fp8Block(), "lm_head": DENSE}) == DEEPSEEK | {"modules_to_not_convert": ["lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"fmt": "e5m2"}, "fmt 'e5m2'"),
+        ({"activation_scheme": "static"}, "activation_scheme 'static'"),
+        ({"scale_fmt": "e8m0"}, "scale_fmt 'e8m0'"),
+        ({"expert_dtype": "fp4"}, "expert_dtype 'fp4'"),
+        ({"modules_to_convert": ["embed_tokens"]}, "modules_to_convert"),
+        ({"weight_block_size": None}, "no weight_block_size"),
+    ],
+)
+def test_fp8_that_we_do_not_read_is_named(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(UnsupportedModel, match="supported: FP8") as caught:
+        from_quantization_config(DEEPSEEK | change, ["a"], ())
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("block", [128, [], [128], [128, 0], [128, -1], [128, True], [128, 1.5], ["128", 128], [1, 2, 3], {"a": 1}, "128"])
+def test_a_block_that_is_none_is_refused(block: Any) -> None:
+    with pytest.raises(BadCheckpoint, match="weight_block_size"):
+        from_quantization_config(DEEPSEEK | {"weight_block_size": block}, ["a"], ())
