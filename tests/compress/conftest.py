@@ -1,8 +1,9 @@
-"""The helpers of the model's tests serve here as well."""
+"""The helpers of the model's and the trainer's tests serve here as well."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))  # pytest's importlib mode does not find helpers elsewhere
+for folder in ("model", "train"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))  # pytest's importlib mode does not find helpers elsewhere

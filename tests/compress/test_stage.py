@@ -6,12 +6,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import planted
 import pytest
 import torch
 import torch.nn.functional as F
 from toys import logits_of, prompt, written_by_transformers
 
-from lineshaft.base.errors import BadCheckpoint, ConfigError
+from lineshaft.base.errors import BadCheckpoint, BrokenContract, ConfigError
 from lineshaft.base.store import Artifact, Draft, Store
 from lineshaft.compress import stage
 from lineshaft.compress.stage import COMPRESS, CompressConfig, compress
@@ -142,3 +143,15 @@ def test_the_source_is_left_alone(dense: Artifact, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(dense.root, tmp_path / "copy"))
     run(tmp_path / "store", dense, CompressConfig())
     assert all((copy / path.name).read_bytes() == path.read_bytes() for path in dense.root.iterdir())
+
+
+def test_the_chat_contract_is_handed_on_and_a_broken_one_is_refused_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    kept = planted.with_template(store, "checkpoint", folder, lost=False)
+    assert COMPRESS(store, CompressConfig(), checkpoint=kept).manifest.facts["contract"] == kept.manifest.facts["contract"]
+    lost = planted.with_template(store, "checkpoint", folder, lost=True)
+    monkeypatch.setattr(stage, "load_checkpoint", None)
+    with pytest.raises(BrokenContract, match=f"{lost.id}: .*{planted.SHOWN}"):
+        COMPRESS(store, CompressConfig(), checkpoint=lost)

@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lineshaft.base.errors import RequestError
+from lineshaft.base.config import load
+from lineshaft.base.errors import ConfigError, RequestError
 from lineshaft.base.store import Store
 from lineshaft.data.tokenizer import TRAIN_TOKENIZER, TokenizerConfig, train
 from lineshaft.records.corpus import read_corpus
+from lineshaft.text import contract
+from lineshaft.text.bundled import BUNDLED, source
 from lineshaft.text.chat import render_chat
 from lineshaft.text.tokenizer import Tokenizer
 
@@ -119,3 +122,24 @@ def test_fresh_processes_with_other_threads_and_hash_seeds_give_equal_digests(tm
         command = [sys.executable, "-c", program, str(store.root), corpus.id]
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, check=True)
         assert done.stdout == tokenizer.path("tokenizer.json").read_text(encoding="utf-8")
+
+
+def test_the_chat_contract_is_among_the_facts(tokenizer, ours: Tokenizer):
+    assert tokenizer.manifest.facts["contract"] == contract.golden(ours)
+    contract.check_folder(tokenizer.root)
+
+
+@pytest.mark.parametrize("name", sorted(BUNDLED))
+def test_a_chosen_template_comes_with_its_tokens(name, tmp_path, corpus):
+    made = TRAIN_TOKENIZER(Store(tmp_path), TokenizerConfig(vocab_size=400, chat_template=name), corpus=corpus)
+    chosen, ours, theirs = BUNDLED[name], Tokenizer.load(made.root), AutoTokenizer.from_pretrained(made.root)
+    assert ours.vocab_size == len(theirs) == 400
+    assert (ours.bos, ours.eos, ours.bos_id, ours.eos_id) == (chosen.bos, chosen.eos, 0, 1)
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token, theirs.pad_token_id) == (chosen.bos, chosen.eos, chosen.pad, 2)
+    assert all(len(ours.encode_templated(token)) == 1 for token in chosen.tokens)
+    assert theirs.chat_template == source(name)
+
+
+def test_a_vocabulary_too_small_for_its_template_is_refused():
+    with pytest.raises(ConfigError, match="vocab_size must be at least 266: 256 bytes and the tokens of chat_template chatml"):
+        load(TokenizerConfig, {"vocab_size": 265, "chat_template": "chatml"})

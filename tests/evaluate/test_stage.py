@@ -108,7 +108,7 @@ def test_a_model_smaller_than_its_tokenizer_is_refused(store: Store, parents: di
     with store.draft("checkpoint", stage="by_hand", version=2, config={}) as draft:
         assert isinstance(draft, Draft)
         save_checkpoint(small, draft.root, parents["checkpoint"].root)
-    (made,) = (item.id for item in store.all() if item.kind == "checkpoint" and item.version == 2)
+    (made,) = (item.id for item in store.all() if item.kind == "checkpoint" and (item.stage, item.version) == ("by_hand", 2))
     with pytest.raises(BadCheckpoint, match="the tokenizer has 28 tokens, the model's vocab_size is 20"):
         EVALUATE(store, CONFIG, checkpoint=store.open(made), tokens=parents["tokens"])
 

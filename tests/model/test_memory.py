@@ -15,7 +15,6 @@ from lineshaft.model import memory as memory_module
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.memory import Kept, Memory, Packing, Stored, stored_in
-from lineshaft.ops import reference
 from lineshaft.ops.formats import Fp8Block, Int8
 from lineshaft.train.batches import Batch
 from lineshaft.train.objective import NextToken
@@ -86,7 +85,7 @@ def test_the_largest_phase_is_the_peak() -> None:
 
 
 def test_constants_that_are_repeated_are_equal() -> None:
-    assert (memory_module.ALONE, memory_module.QUERIES) == (attend.ALONE, reference.QUERIES)
+    assert (memory_module.ALONE, memory_module.SCORED) == (attend.ALONE, attend.SCORED)
 
 
 def test_how_a_folder_stores_its_weights_is_read_from_its_config(tmp_path: Path) -> None:

@@ -1,77 +1,16 @@
-"""Experts against a loop over tokens; the router against its own rule; the permuted gradient against autograd's."""
+"""Gradients of experts against a loop over tokens; the router against its own rule; the permuted gradient against autograd's."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
+from experts import HIDDEN, block_of, token_by_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from toys import agree
 
 from lineshaft.model.config import MixtureOfExperts
-from lineshaft.model.moe import ExpertBlock, permuted
-
-HIDDEN = 10
-
-
-def block_of(moe: MixtureOfExperts, seed: int) -> ExpertBlock:
-    block = ExpertBlock(HIDDEN, moe)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for tensor in [*block.parameters(), block.gate.e_score_correction_bias]:
-            tensor.normal_(0, 0.4, generator=generator)
-    return block
-
-
-def token_by_token(block: ExpertBlock, x_TI: Tensor) -> Tensor:
-    """DeepSeek-V3, equations 12 to 16, in float64, one token and one expert at a time."""
-    moe, rows = block.gate.moe, []
-
-    def swiglu(feed: torch.nn.Module, x: Tensor) -> Tensor:
-        gate, up, down = (getattr(feed, f"{name}_proj").weight.double() for name in ("gate", "up", "down"))
-        return down @ (F.silu(gate @ x) * (up @ x))
-
-    for x in x_TI.double():
-        affinity = 1 / (1 + (-(block.gate.weight.double() @ x)).exp())
-        choice = (affinity + block.gate.e_score_correction_bias.double()).tolist()
-        size = moe.n_routed_experts // moe.n_group
-        groups = [list(range(first, first + size)) for first in range(0, moe.n_routed_experts, size)]
-        groups.sort(key=lambda group: -sum(sorted((choice[expert] for expert in group), reverse=True)[:2]))
-        reachable = [expert for group in groups[: moe.topk_group] for expert in group]
-        chosen = sorted(reachable, key=lambda expert: -choice[expert])[: moe.num_experts_per_tok]
-        whole = sum(affinity[expert] for expert in chosen) if moe.norm_topk_prob else 1.0
-        y = sum(moe.routed_scaling_factor * affinity[expert] / whole * swiglu(block.experts[expert], x) for expert in chosen)
-        rows.append(y if block.shared_experts is None else y + swiglu(block.shared_experts, x))
-    return torch.stack(rows)
-
-
-@st.composite
-def mixtures(draw: st.DrawFn) -> MixtureOfExperts:
-    groups = draw(st.sampled_from([1, 2, 4]))
-    size = draw(st.integers(1 if groups == 1 else 2, 4))
-    kept = draw(st.integers(1, groups))
-    return MixtureOfExperts(
-        n_routed_experts=groups * size,
-        n_group=groups,
-        topk_group=kept,
-        num_experts_per_tok=draw(st.integers(1, kept * size)),
-        n_shared_experts=draw(st.integers(0, 2)),
-        moe_intermediate_size=draw(st.integers(1, 6)),
-        norm_topk_prob=draw(st.booleans()),
-        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
-    )
-
-
-@settings(max_examples=60)
-@given(moe=mixtures(), tokens=st.integers(1, 17), seed=st.integers(0, 10**6))
-def test_experts_do_what_a_loop_over_tokens_does(moe: MixtureOfExperts, tokens: int, seed: int) -> None:
-    block = block_of(moe, seed)
-    x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(seed + 1))
-    with torch.inference_mode():
-        assert agree(block(x).double(), token_by_token(block, x))
-
+from lineshaft.model.moe import permuted
 
 MOE = MixtureOfExperts(n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=4, n_group=3, topk_group=2)
 

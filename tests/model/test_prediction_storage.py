@@ -110,7 +110,7 @@ def test_a_tied_head_is_copied_too(folder: Path, tmp_path: Path) -> None:
 # -- lost, or not announced --------------------------------------------------------------------------------------
 
 
-def test_layers_that_another_tool_lost_are_told_and_can_be_done_without(tmp_path: Path) -> None:
+def test_layers_that_another_tool_lost_are_told_and_done_without(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """transformers writes the number of them by default, and never the layers."""
     config = transformers.DeepseekV3Config(
         vocab_size=61, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
@@ -118,10 +118,11 @@ def test_layers_that_another_tool_lost_are_told_and_can_be_done_without(tmp_path
         n_group=1, topk_group=1, moe_intermediate_size=8, first_k_dense_replace=1, pad_token_id=None,
     )  # fmt: skip
     transformers.DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(BadCheckpoint, match=r"num_nextn_predict_layers 1, but there is no model.layers.2.\*: .*lost.*set it to 0"):
-        load_checkpoint(tmp_path)
-    configure(tmp_path, num_nextn_predict_layers=0)
     assert load_checkpoint(tmp_path).config.num_nextn_predict_layers == 0
+    assert "num_nextn_predict_layers 1, but no tensor is of such a layer" in capfd.readouterr().err
+    configure(tmp_path, num_nextn_predict_layers=0)
+    load_checkpoint(tmp_path)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("said", "told"), [(0, "0: set it to 2"), (1, "1: set it to 2"), (None, "0: set it to 2")])

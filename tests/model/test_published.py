@@ -227,6 +227,16 @@ def test_a_published_config_is_written_as_the_same_model(name: str) -> None:
     assert meaning(from_hf(to_hf(config, "bfloat16"))) == meaning(config)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "active", "saved"),
+    [("Mixtral-8x7B", "num_experts_per_tok", 1, 0.44), ("DeepSeek-V2-Lite", "num_experts_per_tok", 1, 0.45)],
+)
+def test_fewer_active_experts_save_operations(name: str, key: str, active: int, saved: float) -> None:
+    """1 of Mixtral's 8 experts instead of 2, and 1 of DeepSeek-V2-Lite's 64 instead of 6, beside its 2 shared ones."""
+    whole, fewer = (cost_of(from_hf(PUBLISHED[name][0] | change)).flops_per_token for change in ({}, {key: active}))
+    assert 1 - fewer / whole == pytest.approx(saved, abs=0.01)
+
+
 def test_prediction_layers_are_read_and_counted() -> None:
     """685 billion parameters are what the files of DeepSeek-V3 hold: its prediction layer with copies of table and head."""
     config = from_hf(_DEEPSEEK_V3)

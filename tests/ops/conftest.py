@@ -5,4 +5,5 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))  # pytest's importlib mode does not find helpers elsewhere
+# pytest's importlib mode finds no helpers by itself, not even beside the tests
+sys.path[:0] = [str(Path(__file__).parents[1] / "model"), str(Path(__file__).parent)]

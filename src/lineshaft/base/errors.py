@@ -10,6 +10,7 @@
     +-- ModelError           a checkpoint or a model description                               exit 5
     |   +-- UnsupportedModel     a family or an option of one that we do not run
     |   +-- BadCheckpoint        files that do not fit the description beside them
+    |   +-- BrokenContract       a tokenizer or chat template that gives other tokens than it did when the model was made
     +-- TrainingError        a run that can't go on (loss not a number, ...)                   exit 6
     +-- RequestError         a request that can't be answered as asked; the server answers 4xx  exit 7
     |   +-- UnknownModel         the model named is not the one served
@@ -17,6 +18,7 @@
     +-- Capacity             asked for more than there is now; the server answers 429          exit 8
     |   +-- CacheFull            the request can never fit into the cache
     |   +-- QueueFull            too many requests wait
+    |   +-- DoesNotFit           a task that would need more memory than there is; refused before it begins
     +-- EngineError          the engine failed while it worked on the request; it may be retried  exit 9
     +-- MissingExtra         an optional dependency is not installed                           exit 10
 
@@ -76,6 +78,10 @@ class BadCheckpoint(ModelError):
     """Weights that do not fit the description beside them."""
 
 
+class BrokenContract(ModelError):
+    """A tokenizer or chat template that gives other tokens than it did when the model was made."""
+
+
 class TrainingError(LineshaftError):
     """A training run that can't go on."""
 
@@ -128,6 +134,10 @@ class QueueFull(Capacity):
 
     def __init__(self, waiting: int) -> None:
         super().__init__(f"{waiting} requests are waiting, which is the limit: try again later")
+
+
+class DoesNotFit(Capacity):
+    """A task that would need more memory than there is; refused before it begins."""
 
 
 class EngineError(LineshaftError):

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from lineshaft.base.config import flatten
-from lineshaft.base.errors import Corrupt, NotFound
+from lineshaft.base.errors import BrokenContract, Corrupt, NotFound
 from lineshaft.base.store import Store
 from lineshaft.cli.options import DEFAULT_STORE, JsonOption, StoreOption
+from lineshaft.text import contract
 
 ArtifactArgument = Annotated[str | None, typer.Argument(help="Reference or artifact id; without it everything in the store is taken.")]
 
@@ -30,19 +31,20 @@ def show(artifact: ArtifactArgument = None, store: StoreOption = DEFAULT_STORE, 
 
 
 def verify(artifact: ArtifactArgument = None, store: StoreOption = DEFAULT_STORE) -> None:
-    """Read every byte of an artifact, or of all of them, against its checksums."""
+    """Read every byte of an artifact, or of all of them, against its checksums, and its tokenizer against its chat contract."""
     kept = _existing(store)
-    damaged: list[Corrupt] = []
+    damaged: list[Corrupt | BrokenContract] = []
     for name in [artifact] if artifact else _folders(kept):
         try:
             found = kept.open(name)
-        except Corrupt as error:  # go on: whoever repairs a store wants the whole list
+            contract.carried(found, found.root)
+        except (Corrupt, BrokenContract) as error:  # go on: whoever repairs a store wants the whole list
             damaged.append(error)
             continue
         sizes = [item.size for item in [*found.manifest.files, *found.manifest.aside_files]]
         print(f"{found.id}: {len(sizes)} files, {sum(sizes)} bytes, all as written; digest {found.manifest.digest}")
     if damaged:
-        raise Corrupt("\n".join(str(error) for error in damaged))
+        raise type(damaged[0])("\n".join(str(error) for error in damaged))
 
 
 def _folders(store: Store) -> list[str]:
@@ -83,10 +85,13 @@ def _print_one(shown: dict[str, Any]) -> None:
         print(f"  parent    {role}: {parent}")
     for child in shown["children"]:
         print(f"  child     {child['id']}  (made by {child['stage']})")
+    facts = dict(manifest["facts"])
+    if kept := facts.pop(contract.FACT, None):
+        print(f"  contract  {contract.described(kept)}")
     for title, lines in (
         ("input", manifest["inputs"]),
         ("config", manifest["config"]),
-        ("fact", manifest["facts"]),
+        ("fact", facts),
         ("aside", manifest["aside"]),
     ):
         for place, value in flatten(lines):

@@ -27,9 +27,10 @@ from lineshaft.data.ingest import INGEST
 from lineshaft.data.tokenizer import TRAIN_TOKENIZER
 from lineshaft.data.tokens import TOKENIZE
 from lineshaft.evaluate.stage import EVALUATE
-from lineshaft.model.adopt import ADOPT, ADOPT_TOKENIZER, AdoptConfig
+from lineshaft.model.adopt import ADOPT, ADOPT_TOKENIZER, AdoptConfig, AdoptTokenizerConfig
 from lineshaft.pipeline.recipe import assign
 from lineshaft.pipeline.run import reopened
+from lineshaft.train.finetune import FINETUNE
 from lineshaft.train.stage import PRETRAIN
 
 
@@ -48,6 +49,7 @@ COMMANDS = (
     Command("tokenizer", TRAIN_TOKENIZER, "Train a byte-level BPE tokenizer on a corpus.", "corpus"),
     Command("tokens", TOKENIZE, "Turn a corpus into token shards with a tokenizer.", "tokenizer"),
     Command("train", PRETRAIN, "Train a model on token shards. Makes a checkpoint.", "tokens"),
+    Command("finetune", FINETUNE, "Train a dense checkpoint further, on tokens made with its tokenizer. Makes a checkpoint.", "checkpoint"),
     Command("compress", COMPRESS, "Store a checkpoint's weights in fewer bits. Makes a checkpoint.", "checkpoint"),
     Command("evaluate", EVALUATE, "Measure a checkpoint: quality, size, speed, memory, cost. Makes a report.", "checkpoint"),
     Command("adopt", ADOPT, "Take a Hugging Face folder into the store. Makes a checkpoint.", None),
@@ -166,7 +168,7 @@ def _artifact(store: Store, name: str, kind: Kind) -> Artifact:
     if kind == "checkpoint" and (Path(name) / "config.json").is_file():
         return ADOPT(store, AdoptConfig(folder=name))
     if kind == "tokenizer" and (Path(name) / "tokenizer.json").is_file():
-        return ADOPT_TOKENIZER(store, AdoptConfig(folder=name))
+        return ADOPT_TOKENIZER(store, AdoptTokenizerConfig(folder=name))
     return _found(store, store.resolve(name))
 
 

@@ -11,13 +11,18 @@ from pydantic import PositiveInt
 
 from lineshaft.base.config import Config
 from lineshaft.base.errors import BadCheckpoint, ConfigError
+from lineshaft.base.machine import large_blocks_returned
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Draft
 from lineshaft.base.terminal import bar
+from lineshaft.compress.preflight import Compressing, judge_compressing
 from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32, save_checkpoint
 from lineshaft.model.decoder import Decoder
+from lineshaft.model.folder import load_config
 from lineshaft.model.linear import Linear
+from lineshaft.model.memory import stored_in
 from lineshaft.ops.formats import DENSE, Int8
+from lineshaft.text import contract
 
 
 class CompressConfig(Config):
@@ -37,7 +42,7 @@ def compress(model: Decoder, config: CompressConfig) -> list[str]:
     Raises ConfigError naming a layer that does not fit or is compressed already, or a skip pattern that means no layer.
     """
     layers = _chosen(model, config.skip)
-    with bar("compress", len(layers)) as progress:
+    with bar("compress", len(layers)) as progress, large_blocks_returned():
         for name, linear in layers.items():
             try:
                 linear.recode(Int8(config.group))
@@ -65,12 +70,14 @@ def _chosen(model: Decoder, skip: list[str]) -> dict[str, Linear]:
 
 def _build(draft: Draft, config: CompressConfig) -> None:
     source = draft.parents["checkpoint"]
+    contract.check_folder(source.root)
+    judge_compressing(Compressing(load_config(source.root), stored_in(source.root), config.group)).enforce()
     model = load_checkpoint(source.root)
     layers = compress(model, config)
     save_checkpoint(model, draft.root, source.root)
     _prove(model, draft.root)
     inherited = {name: source.manifest.facts[name] for name in ("parameters", "active_parameters") if name in source.manifest.facts}
-    draft.facts |= inherited | {"format": Int8(config.group).describe(), "layers": len(layers)}
+    draft.facts |= contract.carried(source, draft.root) | inherited | {"format": Int8(config.group).describe(), "layers": len(layers)}
     draft.facts["quantised_share_of_fp32"] = quantised_share_of_fp32(model)
 
 
@@ -85,7 +92,7 @@ def _prove(model: Decoder, folder: Path) -> None:
 COMPRESS = Stage(
     name="compress",
     kind="checkpoint",
-    version=1,
+    version=2,
     config=CompressConfig,
     build=_build,
     parents={"checkpoint": "checkpoint"},

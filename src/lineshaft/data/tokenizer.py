@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import tokenizers
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lineshaft.base.config import Config
@@ -15,36 +15,32 @@ from lineshaft.base.stage import Stage
 from lineshaft.base.store import Artifact, Draft
 from lineshaft.base.terminal import bar, say
 from lineshaft.records.corpus import read_corpus
+from lineshaft.text import contract
+from lineshaft.text.bundled import BUNDLED, TemplateName, source
 from lineshaft.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, byte_alphabet
-
-BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-"""Ids 0, 1 and 2: document begin, document end, and a filler that no loss ever sees."""
 
 WORD_PATTERN = r" ?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s*\n+|\s+(?!\S)|\s+"
 """Merges stay inside one of these: a word with the space before it, up to three digits, symbols, line ends, indentation."""
 
 SAMPLE_BYTES = 1 << 20
 
-CHAT_TEMPLATE = """\
-{{- bos_token }}
-{%- for message in messages %}
-{%- if message.role == 'system' %}{{ message.content + '\\n\\n' }}
-{%- elif message.role == 'user' %}{{ 'User: ' + message.content + '\\n\\n' }}
-{%- elif message.role == 'assistant' %}{{ 'Assistant: ' + message.content + eos_token + '\\n\\n' }}
-{%- else %}{{ raise_exception('role "' ~ message.role ~ '" is unknown: use system, user or assistant') }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
-"""Plain text, so that a model which has only ever read documents can follow it."""
-
 
 class TokenizerConfig(Config):
     """How large a vocabulary, and what may enter it."""
 
     vocab_size: int = Field(default=2048, ge=259, le=1 << 20)
-    """Tokens, the 256 bytes and 3 special ones included. A small corpus may give fewer."""
+    """Tokens, the 256 bytes and those of the chat template included (3 for `plain`). A small corpus may give fewer."""
     min_frequency: int = Field(default=2, ge=1)
     """How often a pair must occur to become a token."""
+    chat_template: TemplateName = "plain"
+    """How messages become one text. Its tokens for the beginning and end of a text are those of documents, too."""
+
+    @model_validator(mode="after")
+    def _has_room(self) -> TokenizerConfig:
+        least = 256 + len(BUNDLED[self.chat_template].tokens)
+        if self.vocab_size < least:
+            raise ValueError(f"vocab_size must be at least {least}: 256 bytes and the tokens of chat_template {self.chat_template}")
+        return self
 
 
 def train(texts: Iterator[str], config: TokenizerConfig) -> tokenizers.Tokenizer:
@@ -53,14 +49,16 @@ def train(texts: Iterator[str], config: TokenizerConfig) -> tokenizers.Tokenizer
     split = pre_tokenizers.Split(tokenizers.Regex(WORD_PATTERN), behavior="isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
+    template = BUNDLED[config.chat_template]
     trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
+        vocab_size=config.vocab_size - len(template.visible),
         min_frequency=config.min_frequency,
-        special_tokens=[BOS, EOS, PAD],
+        special_tokens=[template.bos, template.eos, template.pad, *template.special],  # the first ids, in this order
         initial_alphabet=sorted(byte_alphabet()),  # all of it, so that no text is unknown
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    bpe.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in template.visible])
     return bpe
 
 
@@ -75,25 +73,27 @@ def _build(draft: Draft, config: TokenizerConfig) -> None:
 
         trained = train(texts(), config)
     (draft.root / TOKENIZER_FILE).write_text(trained.to_str(pretty=True) + "\n", encoding="utf-8")
-    (draft.root / CONFIG_FILE).write_text(json.dumps(_description(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (draft.root / CONFIG_FILE).write_text(json.dumps(_description(config), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     tokenizer = Tokenizer.load(draft.root)
     if tokenizer.vocab_size < config.vocab_size:
         say(
             f"the text gives {tokenizer.vocab_size} of the {config.vocab_size} tokens asked for: "
             f"no other pair occurs {config.min_frequency} times"
         )
+    draft.facts |= contract.facts_of(draft.root)
     draft.facts |= {"vocab_size": tokenizer.vocab_size, "bytes_per_token": round(_bytes_per_token(tokenizer, corpus), 4)}
 
 
-def _description() -> dict[str, Any]:
+def _description(config: TokenizerConfig) -> dict[str, Any]:
     """tokenizer_config.json, as transformers reads it."""
+    template = BUNDLED[config.chat_template]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
+        "bos_token": template.bos,
+        "eos_token": template.eos,
+        "pad_token": template.pad,
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": source(config.chat_template),
     }
 
 
@@ -112,7 +112,7 @@ def _bytes_per_token(tokenizer: Tokenizer, corpus: Artifact) -> float:
 TRAIN_TOKENIZER = Stage(
     name="train_tokenizer",
     kind="tokenizer",
-    version=1,
+    version=2,
     config=TokenizerConfig,
     build=_build,
     parents={"corpus": "corpus"},

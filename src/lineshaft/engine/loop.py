@@ -22,6 +22,7 @@ from lineshaft.engine.cache import PagedCache, page_bytes
 from lineshaft.engine.runner import Runner
 from lineshaft.engine.sampler import Sampler
 from lineshaft.model.checkpoint import load_checkpoint
+from lineshaft.model.config import ModelConfig
 from lineshaft.model.decoder import Decoder
 from lineshaft.sched.pages import PagePool
 from lineshaft.sched.request import Emitted, Request, Sampling
@@ -33,6 +34,10 @@ class EngineConfig(Config):
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dense weights and cache are held as this; auto: as the checkpoint stores them."""
+    dequantise: bool = False
+    """Decode quantised weights (INT8, FP8) once, when they are loaded: more memory, but no decoding in each product."""
+    active_experts: PositiveInt | None = None
+    """Experts that a token uses; null: as many as the model was made for."""
     page_tokens: PositiveInt = 16
     """Tokens in a cache page. Larger pages waste tails; smaller ones cost look-ups."""
     cache_bytes: PositiveInt = 512 << 20
@@ -58,8 +63,7 @@ class Engine:
     def __init__(self, model: Decoder, config: EngineConfig) -> None:
         self.model, self.config = model, config
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-        context = min(config.max_context or model.config.max_position_embeddings, model.config.max_position_embeddings)
-        pages = _pages(model, config, context, dtype)
+        context, pages = context_of(model.config, config), cache_pages(model.config, config, dtype)
         self.context_tokens = min(context, pages * config.page_tokens)
         """Most tokens of prompt and answer: what the model was made for, max_context, or the whole cache, whichever is least."""
         self._more_cache = "; a larger cache_bytes would allow more" if self.context_tokens < context else ""
@@ -72,7 +76,7 @@ class Engine:
     def load(cls, folder: Path, config: EngineConfig) -> Engine:
         """An engine for the checkpoint in a Hugging Face folder. Raises ModelError for what can't be served."""
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-        return cls(load_checkpoint(folder, dtype=dtype), config)
+        return cls(load_checkpoint(folder, dtype=dtype, dequantise=config.dequantise, active_experts=config.active_experts), config)
 
     def submit(self, prompt: list[int], sampling: Sampling) -> int:
         """Queue a prompt; returns the request's number.
@@ -124,10 +128,15 @@ class Engine:
         return Load(len(self.scheduler.running), len(self.scheduler.waiting), 1 - pool.free / pool.pages)
 
 
-def _pages(model: Decoder, config: EngineConfig, context: int, dtype: torch.dtype) -> int:
-    """Pages that memory allows, or fewer when that many could never be used at once."""
-    wanted = config.scheduler.max_batch * -(-context // config.page_tokens)
-    page = page_bytes(model.config, config.page_tokens, dtype)
+def context_of(model: ModelConfig, config: EngineConfig) -> int:
+    """Most tokens of prompt and answer that the settings allow, if the cache holds them."""
+    return min(config.max_context or model.max_position_embeddings, model.max_position_embeddings)
+
+
+def cache_pages(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> int:
+    """Pages that cache_bytes allows, or fewer when that many could never be used at once. ConfigError when it is not even one."""
+    wanted = config.scheduler.max_batch * -(-context_of(model, config) // config.page_tokens)
+    page = page_bytes(model, config.page_tokens, dtype)
     if config.cache_bytes < page:
         raise ConfigError(f"cache_bytes {config.cache_bytes} is less than one page of {page} bytes: raise it, or lower page_tokens")
     return min(wanted, config.cache_bytes // page)

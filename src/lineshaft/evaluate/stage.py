@@ -17,12 +17,15 @@ from lineshaft.engine.loop import EngineConfig
 from lineshaft.evaluate.bigram import Bigram
 from lineshaft.evaluate.quality import HeldOut, Score, score_bigram, score_model
 from lineshaft.evaluate.speed import Speed, SpeedConfig, measure, quantile
-from lineshaft.model.checkpoint import load_checkpoint, load_config, quantised_share_of_fp32, weights_bytes
+from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import cost_of
 from lineshaft.model.decoder import Decoder
+from lineshaft.model.folder import load_config
+from lineshaft.model.shards import weights_bytes
 from lineshaft.records.report import Measured, Report, write_report
 from lineshaft.records.tokens import TokenStream
+from lineshaft.text import contract
 from lineshaft.text.tokenizer import Tokenizer
 from lineshaft.train.batches import RowReader
 
@@ -49,8 +52,9 @@ def _settle(config: EvaluateConfig, parents: Mapping[str, Artifact]) -> Evaluate
 
 def _build(draft: Draft, config: EvaluateConfig) -> None:
     checkpoint, tokens = draft.parents["checkpoint"], draft.parents["tokens"]
+    contract.check_folder(checkpoint.root)
     _check_room(load_config(checkpoint.root), tokens, config)
-    model = load_checkpoint(checkpoint.root, dtype=torch.float32)
+    model = load_checkpoint(checkpoint.root, dtype=torch.float32, active_experts=config.engine.active_experts)
     heldout = TokenStream(tokens, "heldout")
     prompts = _prompts(heldout, config.speed)
     text = HeldOut(RowReader(heldout, config.sequence_tokens), _bytes_of_token(checkpoint), config.max_tokens)

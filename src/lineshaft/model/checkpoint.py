@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lineshaft.base.config import load, merge
 from lineshaft.base.errors import BadCheckpoint, ConfigError, UnsupportedModel
+from lineshaft.base.terminal import say
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.folder import TOKENIZER_FILES, check_artifact, load_config, read_json, write_json
@@ -67,12 +68,12 @@ def _with_active_experts(config: ModelConfig, count: int) -> ModelConfig:
 def _matched(folder: Path, config: ModelConfig) -> tuple[Decoder, Tensors]:
     """The model, hollow, and the tensors for it by our names: all that it needs, nothing else, in the right shapes."""
     stored = read_tensors(folder)
+    config = _with_layers_that_are_there(folder, config, stored)
     quantization = read_json(folder, "config.json").get("quantization_config")
     model = _hollow(config, quantization, stored)
     tensors = {from_file(config.family, name): tensor for name, tensor in stored.items() if not name.endswith(_DERIVED)}
     if model.lm_head is None:
         tensors.pop("lm_head.weight", None)  # a tied head that was written out as well
-    _check_prediction_layers(folder, config, tensors)
     _drop_copies(folder, config, tensors)
     _check_names(folder, model, tensors)
     _check_fit(folder, model, tensors)
@@ -97,18 +98,23 @@ def _reserve(linear: Linear, name: str, fmt: Format) -> None:
         raise BadCheckpoint(f"{name}: {error}") from None
 
 
-def _check_prediction_layers(folder: Path, config: ModelConfig, found: Tensors) -> None:
-    """Layers for multi-token prediction are lost by tools that do not know them, and config.json is left as it was."""
+def _with_layers_that_are_there(folder: Path, config: ModelConfig, stored: Tensors) -> ModelConfig:
+    """Tools that do not know layers for multi-token prediction lose them and leave config.json as it was.
+
+    Answers do not depend on these layers, so the model is loaded without them, and that is said. Layers that config.json
+    does not announce are refused: they would be lost here.
+    """
     if not config.family.startswith("deepseek"):
-        return
+        return config
     first, count = config.num_hidden_layers, config.num_nextn_predict_layers
-    numbers = {int(part) for name in found if name.startswith("model.layers.") and (part := name.split(".")[2]).isdecimal()}
+    numbers = {int(part) for name in stored if name.startswith("model.layers.") and (part := name.split(".")[2]).isdecimal()}
     if further := sorted(number for number in numbers if number >= first + count):
         told = f"config.json says num_nextn_predict_layers {count}: set it to {further[-1] + 1 - first}, or remove those tensors"
         raise BadCheckpoint(f"{folder}: holds multi-token-prediction layers (model.layers.{further[0]}.*), but {told}")
-    if count and not any(number >= first for number in numbers):
-        told = "they were lost when the files were written; set it to 0 in config.json to load the model without them"
-        raise BadCheckpoint(f"{folder}: config.json says num_nextn_predict_layers {count}, but there is no model.layers.{first}.*: {told}")
+    if not count or any(number >= first for number in numbers):
+        return config
+    say(f"{folder}: config.json says num_nextn_predict_layers {count}, but no tensor is of such a layer: the model is loaded without")
+    return config.model_copy(update={"num_nextn_predict_layers": 0})
 
 
 def _drop_copies(folder: Path, config: ModelConfig, tensors: Tensors) -> None:

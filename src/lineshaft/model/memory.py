@@ -26,8 +26,8 @@ ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
 Packing = Literal["whole", "mask", "alone"]
 ALONE = 128
 """model.attend.ALONE; a test holds them equal. This file is free of torch and can't import it."""
-QUERIES = 64
-"""ops.reference.QUERIES."""
+SCORED = 64
+"""model.attend.SCORED: queries for which an indexer chooses at a time."""
 _NORM_SUM = 4  # a norm keeps one float32 a row
 
 
@@ -90,9 +90,10 @@ class Stored:
         return product.size + 2 * scales + 16
 
     def unpacked(self, product: Product, dtype: str) -> int:
-        """Most bytes held while one matrix is decoded for a product in `dtype` (reference.unpack_int8, unpack_fp8)."""
+        """Most bytes held while one matrix is made ready for a product in `dtype`: decoded (reference.unpack_int8, unpack_fp8),
+        or widened from bfloat16 (ops/cpu.py; counted also where the processor needs no widening)."""
         if self.format == "dense" or not product.linear:
-            return 0
+            return 4 * product.size if dtype == "bfloat16" else 0
         return product.size * (8 if dtype == "float32" else 10)
 
     def _coded(self, config: ModelConfig) -> list[Product]:
@@ -139,11 +140,12 @@ def _attention_pass(config: ModelConfig, stored: Stored, dtype: str, tokens: int
     normed = config.hidden_size
     if isinstance(a, GroupedQueryAttention):
         q, kv = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-        # projected and rotated queries and keys, values, outputs in parts and as one; one request's keys and values gathered
-        return item * (tokens * (normed + 4 * q + 3 * kv) + 2 * context * kv)
+        # projected and rotated queries and keys, values; results by tile, request and step; one request's keys and values gathered
+        return item * (tokens * (normed + 5 * q + 3 * kv) + 2 * context * kv)
     heads, entry = a.num_attention_heads, a.kv_lora_rank + a.qk_rope_head_dim
     projected = 2 * heads * (a.qk_nope_head_dim + a.qk_rope_head_dim) + 2 * entry
-    absorbed = heads * (2 * a.kv_lora_rank + 2 * entry)  # against latents: queries, and outputs in parts and as one
+    # Against latents: queries alone, beside rotated ones, and in the order of a tile; results by tile, request and step.
+    absorbed = heads * (2 * a.kv_lora_rank + 4 * entry)
     up = Product(a.kv_lora_rank, heads * (a.qk_nope_head_dim + a.v_head_dim))
     return item * (tokens * (normed + projected + absorbed) + context * entry) + stored.unpacked(up, dtype)
 
@@ -266,7 +268,7 @@ class Kept:
         if not narrow:
             return 0 if self.packing == "whole" else self._item * result  # the documents' results joined
         if indexer is not None:
-            return self._item * (seen // row + QUERIES // 2 + result)
+            return self._item * (seen // row + SCORED // 2 + result)
         mask = 0 if isinstance(reach, Window) else shared * (seen // row)  # all tiles of a window share one
         return self._item * (mask + (2 if shared > 1 else 1) * result)
 

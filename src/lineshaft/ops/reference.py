@@ -119,7 +119,7 @@ def reach_gqa(q_THD: Tensor, k_SKD: Tensor, v_SKV: Tensor, scale: float, reach: 
 
     What `reach` hides costs nothing: only the spans that it names are multiplied.
     """
-    return _in_tiles(q_THD, k_SKD, v_SKV, [(0, len(k_SKD))], len(k_SKD) - len(q_THD), scale, reach)
+    return in_tiles(q_THD, k_SKD, v_SKV, [(0, len(k_SKD))], len(k_SKD) - len(q_THD), scale, reach)
 
 
 def paged_rows(pages: Tensor, table: Tensor, positions_S: Tensor) -> Tensor:
@@ -135,9 +135,9 @@ def paged_gqa(q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, table: Tensor, fi
     the T tokens, whose keys are already in the pages. Only what `reach` lets them see is read.
     """
     spans = reach.spans(first, first + len(q_THD))
-    positions_S = _positions(spans, table)
+    positions_S = positions_of(spans, table)
     k_SKD, v_SKD = paged_rows(pages_k, table, positions_S), paged_rows(pages_v, table, positions_S)
-    return _in_tiles(q_THD, k_SKD, v_SKD, spans, first, scale, reach)
+    return in_tiles(q_THD, k_SKD, v_SKD, spans, first, scale, reach)
 
 
 def paged_mla(q_THC: Tensor, q_rope_THR: Tensor, pages: Tensor, table: Tensor, first: int, scale: float, reach: Reach) -> Tensor:
@@ -148,9 +148,9 @@ def paged_mla(q_THC: Tensor, q_rope_THR: Tensor, pages: Tensor, table: Tensor, f
     (DeepSeek-V2, arXiv 2405.04434, section 2.1.2).
     """
     spans = reach.spans(first, first + len(q_THC))
-    entries_SE = paged_rows(pages, table, _positions(spans, table))[:, None]
+    entries_SE = paged_rows(pages, table, positions_of(spans, table))[:, None]
     # The rotated key is taken along as values and dropped: equal widths let PyTorch fuse, and nothing is copied.
-    return _in_tiles(torch.cat([q_THC, q_rope_THR], -1), entries_SE, entries_SE, spans, first, scale, reach)[..., : q_THC.shape[-1]]
+    return in_tiles(torch.cat([q_THC, q_rope_THR], -1), entries_SE, entries_SE, spans, first, scale, reach)[..., : q_THC.shape[-1]]
 
 
 def paged_chosen_mla(q_THC: Tensor, q_rope_THR: Tensor, pages: Tensor, table: Tensor, chosen_TS: Tensor, scale: float) -> Tensor:
@@ -166,7 +166,7 @@ def sees_all(reach: Reach, tokens: int) -> bool:
     return reach.pairs(tokens) == tokens * (tokens + 1) // 2
 
 
-def _in_tiles(q_THD: Tensor, k_SKD: Tensor, v_SKV: Tensor, spans: list[Span], first: int, scale: float, reach: Reach) -> Tensor:
+def in_tiles(q_THD: Tensor, k_SKD: Tensor, v_SKV: Tensor, spans: list[Span], first: int, scale: float, reach: Reach) -> Tensor:
     """Queries from position `first` on, a tile at a time over the keys in its reach. Keys and values are of the positions `spans`.
 
     The beginning of a document, where everything before is seen, is one tile that needs no mask.
@@ -204,13 +204,13 @@ def _mask(reach: Reach, start: int, stop: int, shared: int, like: Tensor) -> Ten
 @lru_cache(maxsize=8)
 def _made_mask(reach: Reach, start: int, stop: int, shared: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # it may be made while scoring and used while training
-        keys_S = _positions(reach.spans(start, stop), torch.empty(0, device=device))
+        keys_S = positions_of(reach.spans(start, stop), torch.empty(0, device=device))
         seen_TS = reach.visible(torch.arange(start, stop, device=device)[:, None], keys_S[None])
         mask_TS = torch.zeros(seen_TS.shape, dtype=dtype, device=device).masked_fill(~seen_TS, -torch.inf)
         return mask_TS.repeat_interleave(shared, 0)
 
 
-def _positions(spans: list[Span], like: Tensor) -> Tensor:
+def positions_of(spans: list[Span], like: Tensor) -> Tensor:
     """All positions of the spans, on the device of `like`."""
     return torch.cat([torch.arange(start, stop, device=like.device) for start, stop in spans])
 

@@ -23,10 +23,12 @@ from lineshaft.base.config import Config, merge
 from lineshaft.base.errors import ConfigError
 from lineshaft.base.terminal import say
 from lineshaft.engine.loop import Engine, EngineConfig
+from lineshaft.engine.preflight import check_room
 from lineshaft.ops.table import chosen
 from lineshaft.serve.api import Api
 from lineshaft.serve.metrics import Metrics
 from lineshaft.serve.worker import Served, Worker
+from lineshaft.text import contract
 from lineshaft.text.tokenizer import Tokenizer
 
 _BACKLOG = 2048
@@ -59,13 +61,16 @@ def run_server(
 ) -> None:
     """Serve the checkpoint in `folder` as `name` until SIGTERM or SIGINT.
 
-    `on_listening` is told the port once connections are taken. Raises ConfigError when it can't listen there, and
-    whatever loading the model raises.
+    `on_listening` is told the port once connections are taken. Raises ConfigError when it can't listen there, BrokenContract when
+    the tokenizer gives other tokens than the model was trained on, DoesNotFit when there is too little memory, and whatever
+    loading the model raises.
     """
 
     def load() -> Served:
+        contract.check_folder(folder)
         return Served(Engine.load(folder, engine), Tokenizer.load(folder))
 
+    check_room(folder, engine)
     serve_until_stopped(load, config.model_name or name, config, on_listening=on_listening)
 
 

@@ -1,4 +1,4 @@
-"""Text to tokens and back: the tokenizer, streaming detokenizer and chat templates. Knows no model.
+"""Text to tokens and back: the tokenizer, streaming detokenizer, chat templates and the contract they keep. Knows no model.
 
-Read `tokenizer` first.
+Read `tokenizer` first, then `chat` and `contract`.
 """

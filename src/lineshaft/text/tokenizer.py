@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 
 from lineshaft.base.errors import BadCheckpoint, RequestError, UnsupportedModel
+from lineshaft.base.files import digest
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -65,10 +66,9 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; nothing is added, and the text of a special token is cut up like any other text.
 
-        Raises RequestError for text that has no UTF-8 form (half of a surrogate pair).
+        Raises RequestError for text that has no UTF-8 form (half of a surrogate pair) or holds what the vocabulary can't spell.
         """
-        _check_unicode(text)
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        ids: list[int] = _encoded(self._plain, text).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -79,14 +79,32 @@ class Tokenizer:
 
     def encode_templated(self, text: str) -> list[int]:
         """Ids of a text that a chat template rendered: special tokens in it are themselves; none is added."""
-        _check_unicode(text)
-        ids: list[int] = self._templated.encode(text, add_special_tokens=False).ids
+        ids: list[int] = _encoded(self._templated, text).ids
         return ids
+
+    def encode_placed(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode_templated`, and for each id the first character that it stands for and the one behind the last.
+
+        Where a character takes several tokens, all of them have its place.
+        """
+        encoding = _encoded(self._templated, text)
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out; bytes that form no character become U+FFFD."""
         text: str = self._plain.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def token_text(self, number: int) -> str | None:
+        """The text of one token, also of a special one, for people to read; None for an id without a token."""
+        if self._plain.id_to_token(number) is None:
+            return None
+        text: str = self._plain.decode([number], skip_special_tokens=False)
+        return text
+
+    def vocabulary_sha256(self) -> str:
+        """A hash of which token has which id."""
+        return digest(self._vocabulary)
 
     def token_bytes(self) -> list[bytes]:
         """For each id the raw bytes it stands for; b"" for special tokens and for ids without a token.
@@ -108,7 +126,10 @@ class Tokenizer:
     @cached_property
     def _templated(self) -> tokenizers.Tokenizer:
         # A second object, because switching `encode_special_tokens` to and fro would race between threads.
-        return _build(self._description)
+        templated = _build(self._description)
+        # Nothing is to be added, so all that a post-processor could do is to take the spaces out of the tokens' places.
+        templated.post_processor = None
+        return templated
 
     def _id_of(self, token: str | None, field: str) -> int | None:
         if token is None:
@@ -136,6 +157,15 @@ def _build(description: str) -> tokenizers.Tokenizer:
     built.no_padding()
     built.no_truncation()
     return built
+
+
+def _encoded(library: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    _check_unicode(text)
+    try:
+        encoding: tokenizers.Encoding = library.encode(text, add_special_tokens=False)
+    except Exception as error:  # the library raises the bare class where a vocabulary has no token for a text and none for "unknown"
+        raise RequestError(f"the tokenizer can't spell this text: {error}") from None
+    return encoding
 
 
 def _piece_decoder(decoder: Any) -> Callable[[str], bytes]:

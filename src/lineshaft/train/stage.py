@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from pydantic import Field, PositiveInt
@@ -18,12 +19,15 @@ from lineshaft.model.config import Architecture, LatentAttention, MixtureOfExper
 from lineshaft.model.cost import cost_of
 from lineshaft.model.decoder import Decoder
 from lineshaft.records.tokens import TokenStream
+from lineshaft.text import contract
 from lineshaft.train import loop
 from lineshaft.train.batches import RowReader, ShuffledRows
 from lineshaft.train.loop import LoopConfig
 from lineshaft.train.objective import NextToken
+from lineshaft.train.preflight import Training, judge_training
 
 HISTORY_FILE = "history.jsonl"
+F = TypeVar("F", bound="FitConfig")
 
 SMALL_DEEPSEEK = Architecture(
     family="deepseek_v3",
@@ -37,27 +41,49 @@ SMALL_DEEPSEEK = Architecture(
 """A DeepSeek-V3 shape that two cores train in minutes."""
 
 
-class TrainConfig(Config):
-    """Pre-training from fresh weights."""
+class FitConfig(Config):
+    """What every training run needs to know besides its model."""
 
-    model: Architecture = SMALL_DEEPSEEK
-    """Shape of the model; the vocabulary comes from the tokenizer."""
     seed: int = Field(1, ge=0, lt=2**63)
     """Decides fresh weights and the order of the text."""
     sequence_tokens: PositiveInt = 256
     """Tokens in a row; documents are packed into rows and never see each other."""
     rows: PositiveInt = 8
     """Rows in a batch."""
+    further_weight: float = Field(0.3, ge=0)
+    """What the loss of multi-token-prediction layers counts for beside that of the next token; only for models that have some."""
     loop: LoopConfig = LoopConfig()
+
+
+class TrainConfig(FitConfig):
+    """Pre-training from fresh weights."""
+
+    model: Architecture = SMALL_DEEPSEEK
+    """Shape of the model; the vocabulary comes from the tokenizer."""
 
 
 def _settle(config: TrainConfig, parents: Mapping[str, Artifact]) -> TrainConfig:
     tokens, tokenizer = parents["tokens"], parents["tokenizer"]
     if tokens.manifest.parents["tokenizer"] != tokenizer.id:
         raise ConfigError(f"train: {tokens.id} was made with {tokens.manifest.parents['tokenizer']}, not with {tokenizer.id}")
-    if config.sequence_tokens > config.model.max_position_embeddings:
-        most = config.model.max_position_embeddings
-        raise ConfigError(f"train: sequence_tokens {config.sequence_tokens} exceeds the model's max_position_embeddings {most}: change one")
+    check_context("train", config, config.model)
+    return settled(config)
+
+
+def check_context(name: str, config: FitConfig, model: Architecture) -> None:
+    """Raises ConfigError when rows are longer than the model's context."""
+    if config.sequence_tokens > (most := model.max_position_embeddings):
+        asked = f"{name}: sequence_tokens {config.sequence_tokens}"
+        raise ConfigError(f"{asked} exceeds the model's max_position_embeddings {most}: change one")
+
+
+def check_room(model: ModelConfig, config: FitConfig) -> None:
+    """Raises DoesNotFit when training would need more memory than there is, before there are weights."""
+    judge_training(Training(model, config.rows, config.sequence_tokens, config.loop.accumulate, config.loop.precision)).enforce()
+
+
+def settled(config: F) -> F:
+    """The config with the precision that `auto` means here."""
     if config.loop.precision != "auto":
         return config
     return config.model_copy(update={"loop": config.loop.model_copy(update={"precision": loop.native_precision()})})
@@ -65,18 +91,27 @@ def _settle(config: TrainConfig, parents: Mapping[str, Artifact]) -> TrainConfig
 
 def _build(draft: Draft, config: TrainConfig) -> None:
     tokens, tokenizer = draft.parents["tokens"], draft.parents["tokenizer"]
+    contract.check_folder(tokenizer.root)
     facts = tokens.manifest.facts
     vocabulary = {"vocab_size": facts["vocab_size"], "bos_token_id": facts["bos_id"], "eos_token_ids": [facts["eos_id"]]}
     model_config = ModelConfig.model_validate(config.model.model_dump() | vocabulary)
+    check_room(model_config, config)
     model = Decoder(model_config)
     model.initialise(config.seed)
+    fit(draft, model, tokenizer, config)
+
+
+def fit(draft: Draft, model: Decoder, tokenizer: Artifact, config: FitConfig) -> None:
+    """Train the model on the draft's parent `tokens`; write checkpoint, loss history and facts. `tokenizer` holds the tokenizer's files."""
+    tokens = draft.parents["tokens"]
     batches = ShuffledRows(RowReader(TokenStream(tokens, "train"), config.sequence_tokens), config.rows, config.seed)
-    trained = loop.run(model, batches, NextToken(), config.loop, draft.scratch)
+    trained = loop.run(model, batches, NextToken(config.further_weight), config.loop, draft.scratch)
     save_checkpoint(model, draft.root, tokenizer.root)
+    draft.facts |= contract.carried(tokenizer, draft.root)
     _write_history(draft.root, trained.history)
-    cost = cost_of(model_config)
+    cost = cost_of(model.config)
     draft.facts |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters, "format": "dense"}
-    draft.facts |= {"tokens": trained.tokens, "epochs": trained.tokens / facts["train"]["tokens"]}
+    draft.facts |= {"tokens": trained.tokens, "epochs": trained.tokens / tokens.manifest.facts["train"]["tokens"]}
     draft.facts["final_loss"] = trained.history[-1]["loss"]
     draft.aside |= {"train_seconds": trained.seconds, "threads": torch.get_num_threads()}
     if trained.fresh_tokens:
@@ -90,7 +125,7 @@ def _write_history(folder: Path, history: list[dict[str, float]]) -> None:
 PRETRAIN = Stage(
     name="train",
     kind="checkpoint",
-    version=1,
+    version=2,
     config=TrainConfig,
     build=_build,
     parents={"tokens": "tokens", "tokenizer": "tokenizer"},
