@@ -1,0 +1,170 @@
+"""Predicted peak memory beside measured, for twelve configurations: four trained, four served, four compressed.
+
+    python benchmarks/preflight.py [TASK ...]
+
+Each runs in a process of its own, which predicts before it begins, then does the task with random weights, and reports the
+highest resident memory that the system saw (VmHWM). Needs Linux and 2 GiB of memory; takes some minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lineshaft.base.machine import machine, peak_memory_bytes
+from lineshaft.compress.preflight import Compressing, judge_compressing
+from lineshaft.compress.stage import CompressConfig, _prove, compress
+from lineshaft.engine.loop import Engine, EngineConfig
+from lineshaft.engine.preflight import Serving, judge_serving
+from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
+from lineshaft.model.config import ModelConfig
+from lineshaft.model.decoder import Decoder
+from lineshaft.model.fit import Verdict
+from lineshaft.model.folder import load_config
+from lineshaft.model.memory import stored_in
+from lineshaft.sched.request import Sampling
+from lineshaft.train import loop
+from lineshaft.train.batches import Batch
+from lineshaft.train.objective import NextToken
+from lineshaft.train.preflight import Training, judge_training
+
+GQA = {"kind": "gqa", "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+MLA = {"kind": "mla", "num_attention_heads": 8, "kv_lora_rank": 128, "qk_nope_head_dim": 48, "qk_rope_head_dim": 16, "v_head_dim": 64}
+MOE = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 384, "first_k_dense_replace": 1}
+SIZES = {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1536, "max_position_embeddings": 2048, "vocab_size": 8192}
+LLAMA = {"family": "llama", **SIZES, "attention": GQA}
+WIDE = LLAMA | {"hidden_size": 768, "intermediate_size": 3072, "vocab_size": 16384}
+QWEN3 = WIDE | {"family": "qwen3", "attention": GQA | {"qk_norm": True}, "tie_word_embeddings": True}
+DEEPSEEK = SIZES | {"family": "deepseek_v3", "attention": MLA | {"q_lora_rank": 192}, "moe": MOE}
+MIXTRAL = SIZES | {"family": "mixtral", "attention": GQA, "moe": MOE | {"scoring_func": "softmax", "n_shared_experts": 0}}
+
+CASES: list[dict[str, Any]] = [
+    {"task": "train", "model": LLAMA, "rows": 8, "sequence_tokens": 256},
+    {"task": "train", "model": DEEPSEEK, "rows": 4, "sequence_tokens": 256},
+    {"task": "train", "model": QWEN3, "rows": 2, "sequence_tokens": 512, "accumulate": 2},
+    {"task": "train", "model": LLAMA, "rows": 8, "sequence_tokens": 256, "precision": "bfloat16"},
+    {"task": "serve", "model": WIDE, "engine": {"cache_bytes": 64 << 20}},
+    {"task": "serve", "model": DEEPSEEK, "engine": {"cache_bytes": 64 << 20, "scheduler": {"step_tokens": 1024}}},
+    {"task": "serve", "model": QWEN3, "engine": {"dtype": "bfloat16", "cache_bytes": 64 << 20}},
+    {"task": "serve", "model": WIDE, "format": {"group": 32}, "engine": {"cache_bytes": 64 << 20}},
+    {"task": "compress", "model": WIDE, "format": {}},
+    {"task": "compress", "model": DEEPSEEK, "format": {"group": 32}},
+    {"task": "compress", "model": WIDE, "dtype": "bfloat16", "format": {"group": 32}},
+    {"task": "compress", "model": MIXTRAL, "format": {}},
+]
+
+
+def main() -> None:
+    print(f"# {json.dumps(machine())}")
+    chosen = [case for case in CASES if len(sys.argv) == 1 or case["task"] in sys.argv[1:]]
+    for case in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            if case["task"] != "train":
+                child("write", case, folder)
+            own, predicted, measured = child("run", case, folder)
+        ratio, beyond = predicted / measured, (predicted - own) / (measured - own)
+        told = {name: value for name, value in case.items() if name not in ("task", "model")}
+        shown = f"predicted {predicted >> 20:5} MiB  measured {measured >> 20:5} MiB  ratio {ratio:.3f}  without the process {beyond:.3f}"
+        print(f"{case['task']:8} {case['model']['family']:11} {shown}  {json.dumps(told)}", flush=True)
+
+
+def child(what: str, case: dict[str, Any], folder: str) -> list[int]:
+    """Run one step in a fresh process; what it printed."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", what, folder],
+        input=json.dumps(case),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+    )
+    return list(json.loads(done.stdout))
+
+
+def write(case: dict[str, Any], folder: Path) -> None:
+    """A checkpoint with random weights, compressed when it is to be served so."""
+    model = Decoder(ModelConfig.model_validate(case["model"]))
+    model.initialise(1)
+    model.to(getattr(torch, case.get("dtype", "float32")))
+    if case["task"] == "serve" and "format" in case:
+        compress(model, CompressConfig(**case["format"]))
+    save_checkpoint(model, folder, folder)
+
+
+def run(case: dict[str, Any], folder: Path) -> list[int]:
+    """[own memory before, predicted, measured] of one case."""
+    verdict = TASKS[case["task"]](case, folder)
+    return [verdict.own, verdict.needs, peak_memory_bytes()]
+
+
+class RandomBatches:
+    """Rows of two documents of random tokens."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        self.row, self.count = case["sequence_tokens"], case["rows"] * case["sequence_tokens"]
+        self.vocabulary = case["model"]["vocab_size"]
+
+    def __getitem__(self, number: int) -> Batch:
+        tokens = torch.randint(0, self.vocabulary, (self.count,), generator=torch.Generator().manual_seed(number))
+        half = self.row // 2
+        return Batch(tokens, torch.arange(self.count) % half, tokens, torch.arange(0, self.count, half), row=self.row)
+
+
+def train(case: dict[str, Any], folder: Path) -> Verdict:
+    config, precision, accumulate = ModelConfig.model_validate(case["model"]), case.get("precision", "float32"), case.get("accumulate", 1)
+    verdict = judge_training(Training(config, case["rows"], case["sequence_tokens"], accumulate, precision))
+    model = Decoder(config)
+    model.initialise(1)
+    settings = loop.LoopConfig(steps=4, log_every=1, save_every=2, precision=precision, accumulate=accumulate)
+    loop.run(model, RandomBatches(case), NextToken(), settings, folder / "scratch")
+    save_checkpoint(model, folder / "made", folder)
+    return verdict
+
+
+def serve(case: dict[str, Any], folder: Path) -> Verdict:
+    config = EngineConfig.model_validate(case["engine"])
+    verdict = judge_serving(Serving(load_config(folder), stored_in(folder), config))
+    engine = Engine.load(folder, config)
+    length = min(engine.context_tokens - 256, 1000)
+    for number in range(config.scheduler.max_batch):
+        prompt = torch.randint(0, case["model"]["vocab_size"], (length,), generator=torch.Generator().manual_seed(number))
+        engine.submit(prompt.tolist(), Sampling(max_tokens=256, ignore_eos=True))
+    fullest = 0.0
+    for _ in range(STEPS):
+        engine.step()
+        fullest = max(fullest, engine.load_now().cache_usage)
+    assert fullest > 0.9, fullest
+    return verdict
+
+
+STEPS = 50
+"""Enough to fill the cache of every case here."""
+
+
+def compress_case(case: dict[str, Any], folder: Path) -> Verdict:
+    config = CompressConfig(**case["format"])
+    verdict = judge_compressing(Compressing(load_config(folder), stored_in(folder), config.group))
+    model = load_checkpoint(folder)
+    compress(model, config)
+    save_checkpoint(model, folder / "made", folder)
+    _prove(model, folder / "made")
+    return verdict
+
+
+TASKS = {"train": train, "serve": serve, "compress": compress_case}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["--child"]:
+        main()
+    elif sys.argv[2] == "write":
+        write(json.load(sys.stdin), Path(sys.argv[3]))
+        print("[]")
+    else:
+        print(json.dumps(run(json.load(sys.stdin), Path(sys.argv[3]))))
