@@ -58,17 +58,18 @@ def test_each_change_makes_it_smaller() -> None:
 @pytest.mark.parametrize(
     ("room", "change"),
     [
-        (1200, []),
-        (1100, ["engine.cache_bytes="]),
-        (700, ["compress it to int8"]),
-        (500, ["engine.cache_bytes=", "engine.scheduler.step_tokens="]),
+        (1700, []),
+        (1400, ["engine.cache_bytes=268435456"]),
+        (1200, ["engine.dtype=bfloat16"]),
+        (1100, ["engine.dtype=bfloat16", "compress it to int8 first"]),
+        (500, ["no option makes it fit"]),
     ],
 )
 def test_the_smallest_change_is_named(monkeypatch: pytest.MonkeyPatch, room: int, change: list[str]) -> None:
     monkeypatch.setattr(preflight, "resident_memory_bytes", lambda: 200 << 20)
     verdict = judge_serving(Serving(LARGE, Stored(), EngineConfig()), room << 20)
     assert verdict.fits == (not change)
-    assert [told[: len(start)] for told, start in zip(verdict.change, change, strict=False)] == change
+    assert [told[: len(start)] for told, start in zip(verdict.change or [verdict.advice], change, strict=False)] == change
 
 
 def test_a_converted_checkpoint_is_held_twice_while_it_loads() -> None:
@@ -88,8 +89,10 @@ def test_fewer_active_experts_take_less(tiny: Callable[..., Decoder]) -> None:
 
 def test_a_folder_that_can_not_be_served_is_refused_before_any_weight_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps(to_hf(LARGE, "float32")))
-    monkeypatch.setattr(fit, "available_memory_bytes", lambda: 300 << 20)
-    with pytest.raises(DoesNotFit, match=r"serve: needs .* of memory \(weights .*smallest change that fits: ."):
+    for module in (fit, preflight):
+        monkeypatch.setattr(module, "resident_memory_bytes", lambda: 200 << 20)
+    monkeypatch.setattr(fit, "available_memory_bytes", lambda: 1300 << 20)
+    with pytest.raises(DoesNotFit, match=r"serve: needs .* of memory \(weights .*smallest change that fits: engine\.cache_bytes="):
         check_room(tmp_path, EngineConfig())
     monkeypatch.setattr(fit, "available_memory_bytes", lambda: 64 << 30)
     check_room(tmp_path, EngineConfig(scheduler=SchedulerConfig(max_batch=1)))

@@ -26,7 +26,15 @@ def right(pair: Pair) -> Iterator[tuple[str, Pair]]:
 
 @pytest.mark.parametrize(
     ("room", "change"),
-    [(14, ["left=4"]), (10, ["left=2"]), (9, ["left=1"]), (8, ["left=1", "right=4"]), (2, ["left=1", "right=1"]), (1, [])],
+    [
+        (14, ["left=4"]),
+        (10, ["left=2"]),
+        (9, ["left=1"]),
+        (8, ["left=4", "right=4"]),
+        (7, ["left=4", "right=2"]),
+        (2, ["left=1", "right=1"]),
+        (1, []),
+    ],
 )
 def test_one_option_is_lowered_step_by_step_before_two_are_taken_together(room: int, change: list[str]) -> None:
     assert smallest_change((8, 8), (left, right), lambda pair: sum(pair) <= room) == change

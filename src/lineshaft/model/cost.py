@@ -148,7 +148,7 @@ def _chosen_pairs(reach: Reach, tokens: int, top_k: int) -> int:
     """Pairs left when each token keeps the best `top_k` of those it sees."""
     if isinstance(reach, Causal):
         return Window(window=top_k).pairs(tokens)
-    return sum(max(top_k, reach.pairs(token + 1) - reach.pairs(token)) for token in range(tokens))
+    return sum(min(top_k, reach.pairs(token + 1) - reach.pairs(token)) for token in range(tokens))
 
 
 def layer_part(config: ModelConfig, layer: int) -> Part:

@@ -1,7 +1,7 @@
 """Does a task fit into memory, and if not, what is the smallest change that makes it fit. Free of torch.
 
 Options are tried one at a time, in the order in which a task lists them (what changes no answer comes first), each in
-steps from small to large; only when none is enough alone are they taken together.
+steps from small to large; only when none is enough alone are they taken together, each no further than it must.
 """
 
 from __future__ import annotations
@@ -27,16 +27,27 @@ def smallest_change(setting: S, ladders: Sequence[Ladder[S]], fits: Callable[[S]
         for told, changed in ladder(setting):
             if fits(changed):
                 return [told]
-    together: list[str] = []
-    for ladder in ladders:
-        steps = list(ladder(setting))
-        for told, changed in steps:
-            if fits(changed):
-                return [*together, told]
+    taken = [len(list(ladder(setting))) for ladder in ladders]
+    if not fits(_climbed(setting, ladders, taken)[1]):
+        return []
+    for place in range(len(ladders)):  # all options at their ends are enough: step back on each as far as that remains so
+        for steps in range(taken[place]):
+            fewer = [*taken[:place], steps, *taken[place + 1 :]]
+            if fits(_climbed(setting, ladders, fewer)[1]):
+                taken = fewer
+                break
+    return _climbed(setting, ladders, taken)[0]
+
+
+def _climbed(setting: S, ladders: Sequence[Ladder[S]], taken: Sequence[int]) -> tuple[list[str], S]:
+    """What to do, and the setting after so many steps on each ladder, or to its end where it has become shorter."""
+    words: list[str] = []
+    for ladder, count in zip(ladders, taken, strict=True):
+        steps = list(ladder(setting))[:count]
         if steps:
-            together.append(steps[-1][0])
+            words.append(steps[-1][0])
             setting = steps[-1][1]
-    return []
+    return words, setting
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,188 @@
+"""`lineshaft check`: will it fit, what will it cost, which kernels will run, before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lineshaft.base.config import Table, load, merge, nest, parse_assignment, read_yaml
+from lineshaft.base.errors import ConfigError
+from lineshaft.cli.options import DEFAULT_STORE, JsonOption, StoreOption
+from lineshaft.cli.serving import checkpoint_folder
+from lineshaft.compress.preflight import Compressing, judge_compressing
+from lineshaft.compress.stage import CompressConfig
+from lineshaft.engine.loop import EngineConfig, context_of
+from lineshaft.engine.preflight import Serving, judge_serving
+from lineshaft.model.config import ModelConfig
+from lineshaft.model.cost import attention_flops, cost_of
+from lineshaft.model.fit import Verdict, told_bytes
+from lineshaft.model.folder import load_config
+from lineshaft.model.memory import ITEM, Stored, stored_in
+from lineshaft.model.operators import ops_used
+from lineshaft.ops.table import chosen
+from lineshaft.pipeline.recipe import read_recipe
+from lineshaft.train.preflight import Training, judge_training
+from lineshaft.train.stage import TrainConfig
+
+Task = Literal["serve", "train", "quantise"]
+DOES_NOT_FIT = 8
+"""Exit status when the task does not fit: that of the error with which the task itself would be refused."""
+_FORMATS = ("dense", "int8", "int8-32", "fp8")
+
+
+def check(
+    model: Annotated[str, typer.Argument(help="Checkpoint (reference, id or folder; a config.json is enough), or a recipe or model YAML.")],
+    task: Annotated[Task, typer.Option(help="What is to be done with it.")] = "serve",
+    fmt: Annotated[str | None, typer.Option("--format", help=f"Weights as they would be stored: {', '.join(_FORMATS)}.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dense weights as they would be stored: float32 or bfloat16.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens of context: max_context when serving.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Serving: requests at once.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Training: rows in a batch.")] = None,
+    sequence_tokens: Annotated[int | None, typer.Option(min=1, help="Training: tokens in a row.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory to fit into, such as 16GiB; default: what this machine has free.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="A value of engine, train or compress, as these take it.")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell from the description alone what a model costs, and whether a task with it fits here. Status 8 when it does not."""
+    config, stored, section = _described(model, store)
+    stored = _stored(stored, fmt, dtype)
+    given = {"max_context": context, "scheduler": {"max_batch": batch} if batch else None}
+    flags: Table = {"engine": given, "train": {"rows": rows, "sequence_tokens": sequence_tokens}, "compress": {}}
+    table: Table = {name: {key: value for key, value in values.items() if value is not None} for name, values in flags.items()}
+    table = merge({"train": section}, table)
+    for text in assignments or []:
+        table = merge(table, nest(*parse_assignment(text)))
+    if unknown := sorted(table.keys() - flags.keys()):
+        raise ConfigError(f'--set "{unknown[0]}": unknown; begin with engine., train. or compress.')
+    room = None if memory is None else _bytes(memory)
+    verdict, at = _judged(task, config, stored, table, room)
+    shown = _shown(config, stored, task, verdict, at)
+    print(json.dumps(shown, ensure_ascii=False) if as_json else _told(shown))
+    if not verdict.fits:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def _described(model: str, store: Path) -> tuple[ModelConfig, Stored, Table]:
+    """The model, how its weights are stored, and the train section of the recipe that describes it."""
+    path = Path(model)
+    if path.suffix in (".yaml", ".yml"):
+        return _from_yaml(path)
+    folder = path.parent if path.name == "config.json" and path.is_file() else checkpoint_folder(model, store)[0]
+    return load_config(folder), stored_in(folder), {}
+
+
+def _from_yaml(path: Path) -> tuple[ModelConfig, Stored, Table]:
+    """A model's description by itself, or a recipe: its train section with the tokenizer's vocabulary."""
+    if path.is_file() and "family" in (table := read_yaml(path.read_text(encoding="utf-8"), str(path))):
+        return load(ModelConfig, table, str(path)), Stored(), {}
+    recipe = read_recipe(path).recipe
+    described = recipe.train.model.model_dump() | {"vocab_size": recipe.tokenizer.vocab_size}
+    return load(ModelConfig, described), Stored(), recipe.train.model_dump(exclude={"model"})
+
+
+def _stored(stored: Stored, fmt: str | None, dtype: str | None) -> Stored:
+    if fmt is not None and fmt not in _FORMATS and not (fmt.startswith("int8-") and fmt[5:].isdecimal() and int(fmt[5:]) > 0):
+        raise ConfigError(f'--format "{fmt}": unknown; one of {", ".join(_FORMATS)}, or int8-N for groups of N')
+    if dtype is not None and dtype not in ("float32", "bfloat16"):
+        raise ConfigError(f'--dtype "{dtype}": unknown; float32 or bfloat16')
+    stored = stored if dtype is None else stored.cast(dtype)
+    return stored if fmt in (None, stored.format) else replace(stored, format=str(fmt), in_files=None)
+
+
+_UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6, "": 1}
+
+
+def _bytes(text: str) -> int:
+    """`16GiB`, `500 MB` or `1073741824` as bytes."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(GiB|MiB|GB|MB|)", text.strip())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if not size:
+        raise ConfigError(f'--memory "{text}": write it as 16GiB, 16GB, 500MiB, 500MB or a number of bytes')
+    return size
+
+
+def _judged(task: Task, config: ModelConfig, stored: Stored, table: Table, room: int | None) -> tuple[Verdict, int]:
+    """The verdict, and the tokens of context at which the task works."""
+    if task == "serve":
+        engine = load(EngineConfig, table["engine"], "engine")
+        return judge_serving(Serving(config, stored, engine), room), context_of(config, engine)
+    if task == "train":
+        train = load(TrainConfig, table["train"], "train")
+        given = Training(config, train.rows, train.sequence_tokens, train.loop.accumulate, train.loop.precision)
+        return judge_training(given, room), train.sequence_tokens
+    compress = load(CompressConfig, table["compress"], "compress")
+    return judge_compressing(Compressing(config, stored, compress.group), room), config.max_position_embeddings
+
+
+def _shown(config: ModelConfig, stored: Stored, task: Task, verdict: Verdict, context: int) -> dict[str, Any]:
+    """Everything that is told, as the JSON object that --json prints."""
+    cost = cost_of(config)
+    formats = {
+        "float32": Stored(),
+        "bfloat16": Stored("bfloat16"),
+        "int8, one scale a channel": Stored("bfloat16", "int8"),
+        "int8, groups of 32": Stored("bfloat16", "int8-32"),
+    }
+    # What is compressed will be served: its kernels are those that count.
+    used = ops_used(config, "int8" if task == "quantise" else stored.format, "train" if task == "train" else "serve")
+    origins = chosen("cpu")
+    kernels = {op: origins[op] for op in used}
+    return {
+        "family": config.family,
+        "parameters": cost.parameters,
+        "active_parameters": cost.active_parameters,
+        "bytes": {name: kind.total(config) for name, kind in formats.items()},
+        "stored": {"as": stored.describe(), "bytes": stored.total(config)},
+        "kv_bytes_per_token": {name: cost.kv_numbers_per_token * ITEM[name] for name in ("float32", "bfloat16")},
+        "flops_per_token": cost.flops_per_token,
+        "context": context,
+        "flops_per_token_at_context": cost.flops_per_token + attention_flops(config, context) - attention_flops(config, context - 1),
+        "task": task,
+        "memory": {"process": verdict.own, **verdict.memory.phases[verdict.memory.peak]},
+        "peak_phase": verdict.memory.peak,
+        "peak_bytes": verdict.needs,
+        "room_bytes": verdict.room,
+        "fits": verdict.fits,
+        "change": verdict.change,
+        "advice": "" if verdict.fits else verdict.advice,
+        "device": "cpu",
+        "kernels": kernels,
+        "faster_share": sum(origin != "reference" for origin in kernels.values()) / len(kernels),
+    }
+
+
+def _told(shown: dict[str, Any]) -> str:
+    """The same for people: a line a figure."""
+    kernels, faster = shown["kernels"], [op for op, origin in shown["kernels"].items() if origin != "reference"]
+    listed = f": {', '.join(faster)}" if faster else ""
+    work, far = (_count(shown[name]) for name in ("flops_per_token", "flops_per_token_at_context"))
+    lines = [
+        ("model", f"{shown['family']}, {_count(shown['parameters'])} parameters, {_count(shown['active_parameters'])} active"),
+        *((f"  {name}", told_bytes(size)) for name, size in shown["bytes"].items()),
+        ("stored", f"{shown['stored']['as']}: {told_bytes(shown['stored']['bytes'])}"),
+        ("cache a token", ", ".join(f"{told_bytes(size)} {name}" for name, size in shown["kv_bytes_per_token"].items())),
+        ("a token", f"{work}FLOP, {far}FLOP at {shown['context']} tokens of context"),
+        (shown["task"], f"peak {told_bytes(shown['peak_bytes'])} ({shown['peak_phase']}), {told_bytes(shown['room_bytes'])} can be had"),
+        *((f"  {name}", told_bytes(size)) for name, size in shown["memory"].items() if size),
+        ("verdict", "fits" if shown["fits"] else "does not fit"),
+        *([] if shown["fits"] else [("  change", shown["advice"])]),
+        ("kernels", f"{len(faster)} of {len(kernels)} ops have a faster one on {shown['device']}{listed}"),
+        *([("  reference", ", ".join(op for op in kernels if op not in faster))] if len(faster) < len(kernels) else []),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in lines)
+
+
+def _count(number: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} "

@@ -1,0 +1,56 @@
+"""The ops that a model is said to run are those that it runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shapes import SHAPES
+from test_memory import batch
+
+from lineshaft.engine.loop import Engine, EngineConfig
+from lineshaft.model.decoder import Decoder
+from lineshaft.model.operators import ops_used
+from lineshaft.ops import table
+from lineshaft.ops.formats import Int8
+from lineshaft.sched.request import Sampling
+from lineshaft.train.objective import NextToken
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of the ops that were looked up since."""
+    names: set[str] = set()
+    look_up = table.kernel
+
+    def noted(op: str, x: torch.Tensor) -> table.Kernel:
+        names.add(op)
+        return look_up(op, x)
+
+    monkeypatch.setattr(table, "kernel", noted)
+    return names
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_training_calls_no_other_op(name: str, called: set[str]) -> None:
+    model = Decoder(SHAPES[name])
+    model.initialise(1)
+    for row, documents in ((24, 2), (256, 1)):
+        NextToken()(model, batch(row, documents))
+    assert called <= set(ops_used(SHAPES[name], "dense", "train"))
+    assert set(ops_used(SHAPES[name], "dense", "train")) <= table.REFERENCE.keys()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("fmt", ["dense", "int8"])
+def test_serving_calls_these_ops(name: str, fmt: str, called: set[str]) -> None:
+    model = Decoder(SHAPES[name])
+    model.initialise(1)
+    for linear in model.linears().values() if fmt == "int8" else ():
+        if linear is not model.lm_head:
+            linear.recode(Int8())
+    engine = Engine(model.eval().requires_grad_(False), EngineConfig())
+    for length in (2, 40):  # within the choice of an indexer, and beyond
+        engine.submit(list(range(length)), Sampling(max_tokens=3, ignore_eos=True))
+    while not engine.idle:
+        engine.step()
+    assert called == set(ops_used(SHAPES[name], fmt, "serve"))
