@@ -18,7 +18,7 @@ from lineshaft.compress import preflight as compress_preflight
 from lineshaft.engine import preflight as engine_preflight
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import attention_flops, cost_of
-from lineshaft.model.hf import to_hf
+from lineshaft.model.hf.config import to_hf
 from lineshaft.ops.table import chosen
 from lineshaft.train import preflight as train_preflight
 

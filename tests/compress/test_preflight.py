@@ -33,7 +33,7 @@ def test_encoded_bytes_are_those_of_the_tensors(name: str, group: int | None) ->
 
 def test_the_stage_refuses_before_it_loads(tmp_path: Path, make: object, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path / "store")
-    source: Artifact = make(store, {"config.json": CONFIG}, kind="checkpoint")  # type: ignore[operator]
+    source: Artifact = make(store, {"config.json": CONFIG}, kind="checkpoint")
     monkeypatch.setattr(fit, "available_memory_bytes", lambda: 0)
     monkeypatch.setattr(stage, "load_checkpoint", lambda folder: pytest.fail("weights were loaded"))
     monkeypatch.setattr(stage.contract, "check_folder", lambda folder: None)

@@ -15,7 +15,7 @@ from lineshaft.engine.preflight import Serving, check_room, judge_serving, serve
 from lineshaft.model import fit
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.decoder import Decoder
-from lineshaft.model.hf import to_hf
+from lineshaft.model.hf.config import to_hf
 from lineshaft.model.memory import Stored
 from lineshaft.sched.scheduler import SchedulerConfig
 

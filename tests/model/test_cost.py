@@ -17,7 +17,7 @@ from lineshaft.model.attend import PackedCausal
 from lineshaft.model.config import LatentAttention, MixtureOfExperts, ModelConfig
 from lineshaft.model.cost import attention_flops, cost_of, products, score_width
 from lineshaft.model.decoder import Decoder
-from lineshaft.model.hf import from_hf
+from lineshaft.model.hf.config import from_hf
 
 V3 = ModelConfig(
     family="deepseek_v3",

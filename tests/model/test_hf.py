@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from lineshaft.base.errors import BadCheckpoint, UnsupportedModel
 from lineshaft.model.checkpoint import load_config, read_json
 from lineshaft.model.config import Family, GroupedQueryAttention, Indexer, LatentAttention, MixtureOfExperts, ModelConfig
-from lineshaft.model.hf import DIALECT, from_hf, is_native, meaning, to_hf
+from lineshaft.model.hf.config import DIALECT, from_hf, is_native, meaning, to_hf
 from lineshaft.model.positions import Dynamic, Linear, Llama3, Yarn
 from lineshaft.ops.reach import Blocks, Causal, Window
 

@@ -13,7 +13,7 @@ from toys import Theirs
 
 from lineshaft.model.checkpoint import load_checkpoint
 from lineshaft.model.config import Family
-from lineshaft.model.names import from_file, to_file
+from lineshaft.model.hf.names import from_file, to_file
 
 FAMILIES = st.sampled_from(get_args(Family))
 PARTS = [

@@ -137,7 +137,7 @@ def mscale_dropped_from_the_scores(patch: pytest.MonkeyPatch) -> None:
 
 
 def mscale_on_the_scores_once_instead_of_twice(patch: pytest.MonkeyPatch) -> None:
-    right = positions.Yarn.score_scale.fget  # type: ignore[attr-defined]
+    right = positions.Yarn.score_scale.fget
     patch.setattr(positions.Yarn, "score_scale", property(lambda self: right(self) ** 0.5))
 
 

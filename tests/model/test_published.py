@@ -11,7 +11,7 @@ import pytest
 
 from lineshaft.model.config import LatentAttention
 from lineshaft.model.cost import cost_of
-from lineshaft.model.hf import from_hf, is_native, meaning, to_hf
+from lineshaft.model.hf.config import from_hf, is_native, meaning, to_hf
 from lineshaft.model.positions import Llama3, Yarn
 
 _YARN_40 = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "original_max_position_embeddings": 4096, "type": "yarn"}

@@ -16,9 +16,9 @@ from lineshaft.base.terminal import say
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.folder import TOKENIZER_FILES, check_artifact, load_config, read_json, write_json
-from lineshaft.model.hf import to_hf
+from lineshaft.model.hf.config import to_hf
+from lineshaft.model.hf.names import from_file, shared_copies, to_file
 from lineshaft.model.linear import Linear
-from lineshaft.model.names import from_file, shared_copies, to_file
 from lineshaft.model.shards import SHARD_BYTES, read_tensors, remove_weights, write_tensors
 from lineshaft.ops.formats import DENSE, Format
 from lineshaft.ops.quantization import from_quantization_config, to_quantization_config

@@ -1,7 +1,7 @@
 """The decoder: the one model that is trained, compressed, evaluated and served.
 
 Module and tensor names are those of the Hugging Face checkpoints, so there is nothing to translate between them
-(but for Mixtral's, see names.py).
+(but for Mixtral's, see hf/names.py).
 """
 
 from __future__ import annotations

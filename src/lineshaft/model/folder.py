@@ -19,7 +19,7 @@ from lineshaft.base import manifest
 from lineshaft.base.errors import BadCheckpoint
 from lineshaft.base.files import sync_folder
 from lineshaft.model.config import ModelConfig
-from lineshaft.model.hf import from_hf
+from lineshaft.model.hf.config import from_hf
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 

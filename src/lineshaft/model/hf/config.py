@@ -12,9 +12,9 @@ from typing import Any, get_args
 from lineshaft.base.config import load
 from lineshaft.base.errors import BadCheckpoint, ConfigError, UnsupportedModel
 from lineshaft.model.config import Family, ModelConfig
-from lineshaft.model.hf_attention import read_attention, read_reach, write_attention
-from lineshaft.model.hf_experts import read_moe, write_moe
-from lineshaft.model.hf_rope import read_rope, write_rope
+from lineshaft.model.hf.attention import read_attention, read_reach, write_attention
+from lineshaft.model.hf.experts import read_moe, write_moe
+from lineshaft.model.hf.rope import read_rope, write_rope
 
 Hf = Mapping[str, Any]
 
