@@ -16,8 +16,9 @@ import torch
 import transformers
 
 from lineshaft.base.machine import machine
-from lineshaft.engine.loop import Engine, EngineConfig
-from lineshaft.sched.request import Sampling
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.loop import Engine
+from lineshaft.sched.request import Ask, Sampling
 
 Run = Callable[[list[int], int], tuple[float, list[int]]]
 
@@ -27,7 +28,7 @@ def ours(folder: Path) -> Run:
 
     def run(prompt: list[int], output: int) -> tuple[float, list[int]]:
         started, tokens = time.perf_counter(), []
-        engine.submit(prompt, Sampling(max_tokens=output, temperature=0, ignore_eos=True))
+        engine.submit(Ask(prompt, Sampling(max_tokens=output, temperature=0, ignore_eos=True)))
         while not engine.idle:
             tokens += [emitted.token for emitted in engine.step()]
         return time.perf_counter() - started, tokens

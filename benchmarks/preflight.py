@@ -21,7 +21,8 @@ import torch
 from lineshaft.base.machine import machine, peak_memory_bytes
 from lineshaft.compress.preflight import Compressing, judge_compressing
 from lineshaft.compress.stage import CompressConfig, _prove, compress
-from lineshaft.engine.loop import Engine, EngineConfig
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.loop import Engine
 from lineshaft.engine.preflight import Serving, judge_serving
 from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
 from lineshaft.model.config import ModelConfig
@@ -29,7 +30,7 @@ from lineshaft.model.decoder import Decoder
 from lineshaft.model.fit import Verdict
 from lineshaft.model.folder import load_config
 from lineshaft.model.memory import stored_in
-from lineshaft.sched.request import Sampling
+from lineshaft.sched.request import Ask, Sampling
 from lineshaft.train import loop
 from lineshaft.train.batches import Batch
 from lineshaft.train.objective import NextToken
@@ -135,7 +136,7 @@ def serve(case: dict[str, Any], folder: Path) -> Verdict:
     length = min(engine.context_tokens - 256, 1000)
     for number in range(config.scheduler.max_batch):
         prompt = torch.randint(0, case["model"]["vocab_size"], (length,), generator=torch.Generator().manual_seed(number))
-        engine.submit(prompt.tolist(), Sampling(max_tokens=256, ignore_eos=True))
+        engine.submit(Ask(prompt.tolist(), Sampling(max_tokens=256, ignore_eos=True)))
     fullest = 0.0
     for _ in range(STEPS):
         engine.step()

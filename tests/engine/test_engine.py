@@ -14,9 +14,10 @@ import torch
 
 from lineshaft.base.errors import ConfigError, QueueFull, RequestError, TooLong
 from lineshaft.engine.cache import PagedCache, page_bytes
-from lineshaft.engine.loop import Engine, EngineConfig, Load
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.loop import Engine, Load
 from lineshaft.model.decoder import Decoder
-from lineshaft.sched.request import Sampling
+from lineshaft.sched.request import Ask, Sampling
 from lineshaft.sched.scheduler import SchedulerConfig
 
 Forward = Callable[[Decoder, list[int]], torch.Tensor]
@@ -76,7 +77,7 @@ def test_greedy_answers_are_those_of_the_plain_model(model: Decoder, forward: Fo
     engine.scheduler._preempt = counted
     prompts = dict(enumerate(prompts_of(9), 1))
     for prompt in prompts.values():
-        engine.submit(prompt, Sampling(max_tokens=25, temperature=0))
+        engine.submit(Ask(prompt, Sampling(max_tokens=25, temperature=0)))
     answers = drain(engine, cancel={6: 2, 9: 8, 40: 1})
     assert preempted
     for number in prompts.keys() - {1, 2, 8}:
@@ -87,7 +88,7 @@ def test_the_engine_alone_gives_the_plain_models_logits_step_by_step(model: Deco
     """Exactly the argmax of a token-by-token loop without any cache, and no tie to excuse a difference."""
     (prompt,) = prompts_of(1)
     engine = engine_of(model, step_tokens=7)
-    engine.submit(prompt, Sampling(max_tokens=30, temperature=0))
+    engine.submit(Ask(prompt, Sampling(max_tokens=30, temperature=0)))
     plain = list(prompt)
     for _ in range(30):
         plain.append(int(forward(model, plain)[-1].argmax()))
@@ -100,12 +101,12 @@ def test_a_seed_gives_the_same_answer_alone_and_in_any_company(model: Decoder) -
     alone = []
     for prompt, sampling in zip(prompts, samplings, strict=True):
         engine = engine_of(model)
-        engine.submit(prompt, sampling)
+        engine.submit(Ask(prompt, sampling))
         alone.append(drain(engine)[1])
     crowd = engine_of(model, pages=26, max_batch=4, step_tokens=9)
     for prompt, sampling in zip(prompts, samplings, strict=True):
-        crowd.submit(prompt, sampling)
-        crowd.submit(prompt, Sampling(max_tokens=5, temperature=1.0))  # company whose luck is not fixed
+        crowd.submit(Ask(prompt, sampling))
+        crowd.submit(Ask(prompt, Sampling(max_tokens=5, temperature=1.0)))  # company whose luck is not fixed
     answers = drain(crowd)
     assert [answers[2 * number + 1] for number in range(6)] == alone
     assert len({tuple(answer) for answer in alone}) == 6
@@ -114,14 +115,14 @@ def test_a_seed_gives_the_same_answer_alone_and_in_any_company(model: Decoder) -
 def test_without_a_seed_answers_differ(tiny: Tiny) -> None:
     engine = engine_of(tiny("qwen3"))
     for _ in range(2):
-        engine.submit([1, 2, 3], Sampling(max_tokens=30, temperature=3.0))
+        engine.submit(Ask([1, 2, 3], Sampling(max_tokens=30, temperature=3.0)))
     first, second = drain(engine).values()
     assert first != second
 
 
 def test_a_cancelled_request_says_nothing_more_and_frees_its_pages(tiny: Tiny) -> None:
     engine = engine_of(tiny("mistral"))
-    number = engine.submit([1] * 9, Sampling(max_tokens=30, temperature=1.0, seed=1))
+    (number,) = engine.submit(Ask([1] * 9, Sampling(max_tokens=30, temperature=1.0, seed=1)))
     engine.step()
     assert engine.load_now().cache_usage == pytest.approx(3 / 60)
     engine.cancel(number)
@@ -136,14 +137,14 @@ def test_a_cancelled_request_says_nothing_more_and_frees_its_pages(tiny: Tiny) -
 def test_an_answer_ends_at_the_models_end_token_or_a_stop_token_or_the_limit(tiny: Tiny) -> None:
     model = tiny("qwen3")
     engine = engine_of(model)
-    engine.submit([3, 1, 4], Sampling(max_tokens=12, temperature=0))
+    engine.submit(Ask([3, 1, 4], Sampling(max_tokens=12, temperature=0)))
     answer = drain(engine)[1]
     ending = answer[5]
     cut = answer[: answer.index(ending) + 1]
     stopping = engine_of(tiny("qwen3", eos_token_ids=[ending, 60]))
-    stopping.submit([3, 1, 4], Sampling(max_tokens=12, temperature=0))
-    stopping.submit([3, 1, 4], Sampling(max_tokens=12, temperature=0, ignore_eos=True))
-    stopping.submit([3, 1, 4], Sampling(max_tokens=12, temperature=0, ignore_eos=True, stop_token_ids=[ending]))
+    stopping.submit(Ask([3, 1, 4], Sampling(max_tokens=12, temperature=0)))
+    stopping.submit(Ask([3, 1, 4], Sampling(max_tokens=12, temperature=0, ignore_eos=True)))
+    stopping.submit(Ask([3, 1, 4], Sampling(max_tokens=12, temperature=0, ignore_eos=True, stop_token_ids=[ending])))
     seen = [stopping.step() for _ in range(12)]
     last = {token.request: token.finish for emitted in seen for token in emitted if token.finish}
     assert last == {1: "stop", 2: "length", 3: "stop"}
@@ -165,7 +166,7 @@ def test_what_can_not_be_answered_is_refused_and_leaves_nothing(
 ) -> None:
     engine = engine_of(tiny("qwen3"))
     with pytest.raises(error, match=told) as refused:
-        engine.submit(prompt, Sampling(max_tokens=max_tokens))
+        engine.submit(Ask(prompt, Sampling(max_tokens=max_tokens)))
     assert getattr(refused.value, "param", None) == param
     assert engine.idle
 
@@ -174,17 +175,17 @@ def test_what_the_whole_cache_can_not_hold_is_too_long_and_says_why(tiny: Tiny) 
     engine = engine_of(tiny("qwen3"), pages=20)
     assert engine.context_tokens == 80
     with pytest.raises(TooLong, match=r"exceed the context of 80 tokens: .*; a larger cache_bytes would allow more"):
-        engine.submit([1] * 60, Sampling(max_tokens=21))
-    engine.submit([1] * 60, Sampling(max_tokens=20, temperature=0))
+        engine.submit(Ask([1] * 60, Sampling(max_tokens=21)))
+    engine.submit(Ask([1] * 60, Sampling(max_tokens=20, temperature=0)))
     assert len(drain(engine)[1]) == 20
 
 
 def test_too_many_waiting_requests_are_refused(tiny: Tiny) -> None:
     engine = engine_of(tiny("qwen3"), max_waiting=2)
     for _ in range(2):
-        engine.submit([1], Sampling())
+        engine.submit(Ask([1], Sampling()))
     with pytest.raises(QueueFull):
-        engine.submit([1], Sampling())
+        engine.submit(Ask([1], Sampling()))
     assert engine.load_now() == Load(0, 2, 0.0)
 
 
@@ -220,7 +221,7 @@ def test_bfloat16_runs_and_stays_near_float32(model: Decoder, forward: Forward) 
     engine = engine_of(half, step_tokens=8)
     prompts = prompts_of(4, longest=20)
     for prompt in prompts:
-        engine.submit(prompt, Sampling(max_tokens=10, temperature=0))
+        engine.submit(Ask(prompt, Sampling(max_tokens=10, temperature=0)))
     assert engine.runner.cache.dtype == torch.bfloat16
     for number, answer in drain(engine).items():
         prompt = prompts[number - 1]

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lineshaft.base.errors import BadCheckpoint, RequestError, TooLong
+from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.llm import LLM
-from lineshaft.engine.loop import EngineConfig
 from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.sched.request import Sampling

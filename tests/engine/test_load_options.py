@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lineshaft.base.errors import ConfigError
-from lineshaft.engine.loop import Engine, EngineConfig
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.loop import Engine
 from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.ops.formats import DENSE, Fp8Block

@@ -10,7 +10,8 @@ import pytest
 
 from lineshaft.base.errors import DoesNotFit
 from lineshaft.engine import preflight
-from lineshaft.engine.loop import Engine, EngineConfig
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.loop import Engine
 from lineshaft.engine.preflight import Serving, check_room, judge_serving, serve_memory
 from lineshaft.model import fit
 from lineshaft.model.config import ModelConfig

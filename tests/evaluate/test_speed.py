@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lineshaft.base.config import load
 from lineshaft.base.errors import ConfigError, EngineError
 from lineshaft.base.store import Artifact
-from lineshaft.engine.loop import EngineConfig
+from lineshaft.engine.config import EngineConfig
 from lineshaft.evaluate.speed import SpeedConfig, measure, quantile
 
 WORKLOAD = SpeedConfig(prompt_tokens=8, output_tokens=4, requests=3, batch=5)

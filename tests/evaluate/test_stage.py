@@ -12,7 +12,7 @@ import torch
 from lineshaft.base.catalogue import CATALOGUE
 from lineshaft.base.errors import BadCheckpoint, ConfigError
 from lineshaft.base.store import Artifact, Draft, Store
-from lineshaft.engine.loop import EngineConfig
+from lineshaft.engine.config import EngineConfig
 from lineshaft.evaluate import stage
 from lineshaft.evaluate.speed import Speed, SpeedConfig
 from lineshaft.evaluate.stage import EVALUATE, EvaluateConfig

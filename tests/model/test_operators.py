@@ -7,12 +7,13 @@ import torch
 from shapes import SHAPES
 from test_memory import batch
 
-from lineshaft.engine.loop import Engine, EngineConfig
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.loop import Engine
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.operators import ops_used
 from lineshaft.ops import table
 from lineshaft.ops.formats import Int8
-from lineshaft.sched.request import Sampling
+from lineshaft.sched.request import Ask, Sampling
 from lineshaft.train.objective import NextToken
 
 
@@ -50,7 +51,7 @@ def test_serving_calls_these_ops(name: str, fmt: str, called: set[str]) -> None:
             linear.recode(Int8())
     engine = Engine(model.eval().requires_grad_(False), EngineConfig())
     for length in (2, 40):  # within the choice of an indexer, and beyond
-        engine.submit(list(range(length)), Sampling(max_tokens=3, ignore_eos=True))
+        engine.submit(Ask(list(range(length)), Sampling(max_tokens=3, ignore_eos=True)))
     while not engine.idle:
         engine.step()
     assert called == set(ops_used(SHAPES[name], fmt, "serve"))

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from toys import TOKENS, TOYS, Theirs, agree, logits_of, prompt
 
-from lineshaft.engine.loop import Engine, EngineConfig
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.loop import Engine
 from lineshaft.model import attend, config, mla, moe, positions, rope
 from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.norm import RmsNorm
 from lineshaft.ops import reach
-from lineshaft.sched.request import Sampling
+from lineshaft.sched.request import Ask, Sampling
 
 Get = Callable[[str], Theirs]
 ANSWER = 64
@@ -48,7 +49,7 @@ def test_greedy_answers_of_the_engine_are_those_of_transformers(name: str, their
 def answer_of(model: Decoder, start: list[int]) -> list[int]:
     """The engine's greedy answer, token by token through the paged cache; pages of 4 so that they are many."""
     engine = Engine(model, EngineConfig(page_tokens=4, max_context=len(start) + ANSWER, cache_bytes=1 << 20))
-    engine.submit(start, Sampling(max_tokens=ANSWER, temperature=0, ignore_eos=True))
+    engine.submit(Ask(start, Sampling(max_tokens=ANSWER, temperature=0, ignore_eos=True)))
     answer = []
     while not engine.idle:
         answer += [emitted.token for emitted in engine.step()]

@@ -75,14 +75,15 @@ class FakeEngine:
     def idle(self):
         return not self.requests
 
-    def submit(self, prompt, sampling):
+    def submit(self, ask):
         if self.refusal:
             raise self.refusal
-        number = len(self.submitted)
-        self.submitted.append(Request(prompt, sampling))
-        self.requests[number] = self.submitted[-1]
+        numbers = range(len(self.submitted), len(self.submitted) + ask.copies)
+        for number in numbers:
+            self.submitted.append(Request(ask.prompt, ask.sampling))
+            self.requests[number] = self.submitted[-1]
         self._notify()
-        return number
+        return list(numbers)
 
     def cancel(self, request):
         if self.requests.pop(request, None):

@@ -8,7 +8,7 @@ import pytest
 from fake_engine import tokenizer
 
 from lineshaft.base.store import Store
-from lineshaft.engine.loop import EngineConfig
+from lineshaft.engine.config import EngineConfig
 from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.config import GroupedQueryAttention, ModelConfig
 from lineshaft.model.decoder import Decoder

@@ -11,8 +11,8 @@ from fake_engine import tokenizer
 
 from lineshaft.base.errors import EngineError
 from lineshaft.base.store import Store
+from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.llm import LLM
-from lineshaft.engine.loop import EngineConfig
 from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.config import GroupedQueryAttention, ModelConfig
 from lineshaft.model.decoder import Decoder

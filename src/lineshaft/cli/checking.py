@@ -16,7 +16,8 @@ from lineshaft.cli.options import DEFAULT_STORE, JsonOption, StoreOption
 from lineshaft.cli.serving import checkpoint_folder
 from lineshaft.compress.preflight import Compressing, judge_compressing
 from lineshaft.compress.stage import CompressConfig
-from lineshaft.engine.loop import EngineConfig, context_of
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.loop import context_of
 from lineshaft.engine.preflight import Serving, judge_serving
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import attention_flops, cost_of

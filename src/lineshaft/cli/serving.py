@@ -11,7 +11,7 @@ from lineshaft.base.config import Table, load, merge, nest, parse_assignment
 from lineshaft.base.errors import ConfigError, NotFound
 from lineshaft.base.store import Store
 from lineshaft.cli.options import DEFAULT_STORE, StoreOption
-from lineshaft.engine.loop import EngineConfig
+from lineshaft.engine.config import EngineConfig
 from lineshaft.pipeline.run import reopened
 from lineshaft.serve.server import ServeConfig, run_server
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lineshaft.base.terminal import bar
-from lineshaft.engine.loop import Engine, EngineConfig
-from lineshaft.sched.request import Emitted, Finish, Sampling
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.loop import Engine
+from lineshaft.sched.request import Ask, Emitted, Finish, Sampling
 from lineshaft.text.tokenizer import Tokenizer
 
 
@@ -47,8 +48,9 @@ class LLM:
                 while pending or not self.engine.idle:
                     while pending and self.engine.load_now().waiting < self.engine.config.scheduler.max_waiting:
                         index, ids = pending.pop()
-                        place[self.engine.submit(ids, sampling)] = index
+                        place[self.engine.submit(Ask(ids, sampling))[0]] = index
                     for token in self.engine.step():
+                        assert isinstance(token, Emitted)  # nothing else was asked for
                         answers[place[token.request]].append(token)
                         progress.advance(token.finish is not None)
         finally:

@@ -8,43 +8,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import PositiveInt
 
-from lineshaft.base.config import Config
 from lineshaft.base.errors import ConfigError, RequestError, TooLong
 from lineshaft.engine.cache import PagedCache, page_bytes
+from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.runner import Runner
 from lineshaft.engine.sampler import Sampler
 from lineshaft.model.checkpoint import load_checkpoint
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.decoder import Decoder
 from lineshaft.sched.pages import PagePool
-from lineshaft.sched.request import Emitted, Request, Sampling
-from lineshaft.sched.scheduler import Scheduler, SchedulerConfig
-
-
-class EngineConfig(Config):
-    """Precision, memory and limits of one engine."""
-
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dense weights and cache are held as this; auto: as the checkpoint stores them."""
-    dequantise: bool = False
-    """Decode quantised weights (INT8, FP8) once, when they are loaded: more memory, but no decoding in each product."""
-    active_experts: PositiveInt | None = None
-    """Experts that a token uses; null: as many as the model was made for."""
-    page_tokens: PositiveInt = 16
-    """Tokens in a cache page. Larger pages waste tails; smaller ones cost look-ups."""
-    cache_bytes: PositiveInt = 512 << 20
-    """Most memory for the cache; less is taken when max_batch full contexts need less."""
-    max_context: PositiveInt | None = None
-    """Most tokens of prompt and answer; null: what the model was made for."""
-    scheduler: SchedulerConfig = SchedulerConfig()
+from lineshaft.sched.request import Ask, Event, Request
+from lineshaft.sched.scheduler import Scheduler
 
 
 @dataclass(frozen=True)
@@ -78,11 +59,12 @@ class Engine:
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         return cls(load_checkpoint(folder, dtype=dtype, dequantise=config.dequantise, active_experts=config.active_experts), config)
 
-    def submit(self, prompt: list[int], sampling: Sampling) -> int:
-        """Queue a prompt; returns the request's number.
+    def submit(self, ask: Ask) -> list[int]:
+        """Queue a prompt; returns a number for each copy.
 
         Raises RequestError for a prompt that is empty or holds ids outside the vocabulary, TooLong, CacheFull, QueueFull.
         """
+        prompt, sampling = ask.prompt, ask.sampling
         vocabulary = self.model.config.vocab_size
         if not prompt:
             raise RequestError("the prompt is empty: it must hold at least one token", "prompt")
@@ -97,14 +79,14 @@ class Engine:
         ends = frozenset() if sampling.ignore_eos else frozenset(self.model.config.eos_token_ids)
         request = Request(next(self._numbers), len(prompt), sampling, ends | frozenset(sampling.stop_token_ids), list(prompt))
         self.scheduler.submit(request)
-        return request.number
+        return [request.number]
 
     def cancel(self, request: int) -> None:
         """Forget a request and free its pages now; a number that has ended already is ignored."""
         self.scheduler.cancel(request)
         self.sampler.forget(request)
 
-    def step(self) -> list[Emitted]:
+    def step(self) -> Sequence[Event]:
         """Plan, run, sample, commit: the whole engine. [] when there is nothing to do."""
         plan = self.scheduler.plan()
         if not plan.chunks:

@@ -10,7 +10,8 @@ import torch
 
 from lineshaft.base.machine import resident_memory_bytes
 from lineshaft.engine.cache import page_bytes
-from lineshaft.engine.loop import EngineConfig, cache_pages, context_of
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.loop import cache_pages, context_of
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.fit import Step, Verdict, halved, judge
 from lineshaft.model.folder import load_config

@@ -20,8 +20,9 @@ from pydantic import Field, PositiveInt
 from lineshaft.base.config import Config, load
 from lineshaft.base.errors import EngineError, LineshaftError
 from lineshaft.base.machine import peak_memory_bytes
-from lineshaft.engine.loop import Engine, EngineConfig
-from lineshaft.sched.request import Sampling
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.loop import Engine
+from lineshaft.sched.request import Ask, Sampling
 
 BATCH_REPEATS = 3
 """The batch is run this often and the median taken."""
@@ -108,7 +109,7 @@ def _answer(engine: Engine, prompts: list[list[int]], sampling: Sampling) -> tup
     """Seconds until the first token of any, and until the last token of all."""
     started, first = time.perf_counter(), 0.0
     for prompt in prompts:
-        engine.submit(prompt, sampling)
+        engine.submit(Ask(prompt, sampling))
     while not engine.idle:
         if engine.step() and not first:
             first = time.perf_counter() - started

@@ -13,7 +13,7 @@ from lineshaft.base.errors import BadCheckpoint, ConfigError
 from lineshaft.base.machine import machine
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Artifact, Draft
-from lineshaft.engine.loop import EngineConfig
+from lineshaft.engine.config import EngineConfig
 from lineshaft.evaluate.bigram import Bigram
 from lineshaft.evaluate.quality import HeldOut, Score, score_bigram, score_model
 from lineshaft.evaluate.speed import Speed, SpeedConfig, measure, quantile

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, PositiveInt
 
 from lineshaft.base.config import Config
 
 Finish = Literal["stop", "length"]
+Task = Literal["generate", "score", "embed"]
+MOST_LOGPROBS = 20
+"""Most alternatives that are told for a token."""
 
 
 class Sampling(Config):
@@ -31,6 +34,40 @@ class Sampling(Config):
     """Any of these ends the answer, as the model's own end tokens do."""
     ignore_eos: bool = False
     """Go on past the model's end tokens (for measuring)."""
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Positive logits of tokens that prompt or answer hold are divided by it, negative ones multiplied (arXiv 1909.05858, section 4.1)."""
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    """Taken from the logit of every token that the answer holds already."""
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    """Taken from a token's logit once for each time the answer holds it."""
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] = {}
+    """Token id to what is added to its logit."""
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    """Tell the log-probability of each token, and those of so many of the likeliest; null: none are worked out."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the engine is asked for: a prompt, and what is wanted of it."""
+
+    prompt: list[int]
+    sampling: Sampling
+    task: Task = "generate"
+    """`generate`: an answer. `score`: log-probabilities of the prompt's own tokens first, then an answer. `embed`: the mean of the
+    prompt's final hidden states, and no answer."""
+    priority: int = 0
+    """Lower numbers are worked on first, as in vLLM; equal ones in order of arrival."""
+    copies: int = 1
+    """Answers to the same prompt, each a request of its own; the prompt is read once. With a seed, copy i has seed + i."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a token was, in nats, by the model's own logits (before temperature, penalties and bias)."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(token, log-probability) of the likeliest, as many as were asked for, likeliest first; equal ones in order of their ids."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +77,28 @@ class Emitted:
     request: int
     token: int
     finish: Finish | None
+    score: Score | None = None
+    """Set when the request asked for log-probabilities."""
+
+
+@dataclass(frozen=True)
+class PromptScored:
+    """The prompt's own tokens, scored; comes before the answer's first token. One entry a token, None for the first."""
+
+    request: int
+    scores: list[Score | None]
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The embedding of a prompt: the mean of its final hidden states, not scaled to length one. The request has ended."""
+
+    request: int
+    embedding: list[float]
+
+
+Event: TypeAlias = Emitted | PromptScored | Pooled
+"""What a request's owner is told. Every request ends with an Emitted that has a `finish`, or with a Pooled."""
 
 
 @dataclass(eq=False)

@@ -45,6 +45,8 @@ class Telling:
 async def texts(ticket: Ticket, telling: Telling) -> AsyncIterator[str]:
     """The answer's text in pieces, "" where a token showed nothing. Raises the error that ended the request."""
     while telling.finish is None:
-        text = telling.push(await ticket.next())
+        told = await ticket.next()
+        assert isinstance(told, Emitted)  # nothing else was asked for
+        text = telling.push(told)
         ticket.answered = telling.finish is not None
         yield text

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from lineshaft.base.errors import LineshaftError, UnknownModel
+from lineshaft.sched.request import Ask
 from lineshaft.serve import metrics
 from lineshaft.serve.answer import Telling, texts
 from lineshaft.serve.read import Job, chat_job, completion_job, read_chat, read_completion
@@ -94,7 +95,7 @@ class Api:
             raise UnknownModel(f'the model "{asked.model}" is not served here; this server has "{self._model}"', "model")
         served = self._worker.model()
         job = await asyncio.to_thread(plan, asked, served.tokenizer, served.engine.context_tokens)  # long prompts take a while
-        ticket = self._worker.submit(job.prompt, job.sampling, arrived)
+        (ticket,) = self._worker.submit(Ask(job.prompt, job.sampling), arrived)
         telling = Telling(served.tokenizer, job.stops)
         pieces = texts(ticket, telling)
         with ExitStack() as held:

@@ -25,7 +25,7 @@ from lineshaft.base.errors import Capacity, EngineError, RequestError
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Draft
 from lineshaft.base.terminal import console
-from lineshaft.engine.loop import EngineConfig
+from lineshaft.engine.config import EngineConfig
 from lineshaft.records.exchange import Exchange, Timing, write_exchanges
 from lineshaft.serve.orders import Orders
 from lineshaft.serve.server import ServeConfig

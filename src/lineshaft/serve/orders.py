@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lineshaft.base.config import Config
-from lineshaft.engine.loop import EngineConfig
+from lineshaft.engine.config import EngineConfig
 from lineshaft.serve.server import ServeConfig
 
 

@@ -22,7 +22,8 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from lineshaft.base.config import Config, merge
 from lineshaft.base.errors import ConfigError
 from lineshaft.base.terminal import say
-from lineshaft.engine.loop import Engine, EngineConfig
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.loop import Engine
 from lineshaft.engine.preflight import check_room
 from lineshaft.ops.table import chosen
 from lineshaft.serve.api import Api

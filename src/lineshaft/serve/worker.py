@@ -13,19 +13,20 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
 from lineshaft.base.errors import Capacity, EngineError, LineshaftError, QueueFull
 from lineshaft.base.terminal import say
-from lineshaft.sched.request import Emitted, Sampling
+from lineshaft.sched.request import Ask, Emitted, Pooled
+from lineshaft.sched.request import Event as Told
 from lineshaft.serve.metrics import Metrics
 from lineshaft.serve.refusals import not_ready
 from lineshaft.text.tokenizer import Tokenizer
 
 State = Literal["loading", "ready", "draining", "failed", "stopped"]
-Event: TypeAlias = Emitted | LineshaftError
+Event: TypeAlias = Told | LineshaftError
 _REASONS = {
     "loading": "the model is being loaded: try again later",
     "draining": "the server is stopping and takes no new requests",
@@ -61,13 +62,13 @@ class Engine(Protocol):
     def idle(self) -> bool:
         """True when `step` has nothing to do."""
 
-    def submit(self, prompt: list[int], sampling: Sampling) -> int:
-        """Take a request in; returns its number. Raises RequestError or Capacity."""
+    def submit(self, ask: Ask) -> list[int]:
+        """Take a request in; returns a number for each copy. Raises RequestError or Capacity."""
 
     def cancel(self, request: int) -> None:
         """Forget a request and free its pages."""
 
-    def step(self) -> list[Emitted]:
+    def step(self) -> Sequence[Told]:
         """Do one round of work."""
 
     def load_now(self) -> Load:
@@ -84,10 +85,9 @@ class Served:
 
 @dataclass(eq=False)
 class Ticket:
-    """One request on its way through the engine. Made by `Worker.submit`, given back by `Worker.release`."""
+    """One answer on its way through the engine. Made by `Worker.submit`, given back by `Worker.release`."""
 
-    prompt: list[int]
-    sampling: Sampling
+    ask: Ask
     arrived: float
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     number: int = -1
@@ -101,8 +101,8 @@ class Ticket:
     ended: bool = False
     """Nothing more will come for it."""
 
-    async def next(self) -> Emitted:
-        """Its next token. Raises the LineshaftError that ended it."""
+    async def next(self) -> Told:
+        """What comes next for it, a token as a rule. Raises the LineshaftError that ended it."""
         event = await self.events.get()
         if isinstance(event, LineshaftError):
             raise event
@@ -122,7 +122,7 @@ class Worker:
         self._changed = threading.Condition()
         """Guards state, inbox, cancelled and the number of waiting requests; notified when the thread has something to do."""
         self._state: State = "loading"
-        self._inbox: deque[Ticket] = deque()
+        self._inbox: deque[list[Ticket]] = deque()
         self._cancelled: list[Ticket] = []
         self._waiting = 0
         self._live: dict[int, Ticket] = {}
@@ -167,19 +167,19 @@ class Worker:
             raise self._refusal()
         return served
 
-    def submit(self, prompt: list[int], sampling: Sampling, arrived: float) -> Ticket:
-        """Hand a request in; `arrived` is a time of `time.monotonic`. Raises Capacity (503) or QueueFull."""
-        ticket = Ticket(prompt, sampling, arrived)
+    def submit(self, ask: Ask, arrived: float) -> list[Ticket]:
+        """Hand a request in; a ticket for each copy. `arrived` is a time of `time.monotonic`. Raises Capacity (503) or QueueFull."""
+        tickets = [Ticket(ask, arrived) for _ in range(ask.copies)]
         with self._changed:
             if self._state != "ready":  # asked under the lock: whoever empties the inbox for good changes the state first
                 raise self._refusal()
             if self._waiting >= self._max_waiting:
                 raise QueueFull(self._waiting)
-            self._waiting += 1
-            self._inbox.append(ticket)
+            self._waiting += len(tickets)
+            self._inbox.append(tickets)
             self._changed.notify()
-        self._open.add(ticket)
-        return ticket
+        self._open.update(tickets)
+        return tickets
 
     def release(self, ticket: Ticket) -> None:
         """Give a ticket back; a request that has not ended is cancelled. May be called again."""
@@ -227,7 +227,7 @@ class Worker:
         except Exception as error:  # whatever it was, the engine's state can't be trusted any more
             traceback.print_exc(file=sys.stderr)
             name = type(error).__name__
-            say(f"the engine failed ({name}), {len(self._live) + len(self._inbox)} requests end with an error; loading it again")
+            say(f"the engine failed ({name}), {len(self._live) + sum(map(len, self._inbox))} requests end with an error; loading it again")
             self._become("loading")
             self._end_all(lambda: EngineError(f"the engine failed while it worked on this request ({name}): it may be sent again"))
             self._served = self._busy = None
@@ -250,21 +250,24 @@ class Worker:
             self._admit(engine)
             self._cancel(engine, cancelled)
             began = time.monotonic()
-            emitted = engine.step()
+            told = engine.step()
             self._busy = engine.load_now()
-            self._note_started(began, self._busy.waiting, {item.request for item in emitted})
-            self._hand_out(emitted, time.monotonic())
+            self._note_started(began, self._busy.waiting, {item.request for item in told})
+            self._hand_out(told, time.monotonic())
 
     def _admit(self, engine: Engine) -> None:
         while self._inbox:
-            ticket = self._inbox[0]  # it stays there until the engine has it, so that a failure finds it
+            tickets = self._inbox[0]  # they stay there until the engine has them, so that a failure finds them
             try:
-                ticket.number = engine.submit(ticket.prompt, ticket.sampling)
+                numbers = engine.submit(tickets[0].ask)
             except LineshaftError as error:
-                self._end(ticket, "error")
-                self._post([(ticket, error)])
+                for ticket in tickets:
+                    self._end(ticket, "error")
+                    self._post([(ticket, error)])
             else:
-                self._live[ticket.number] = ticket
+                for ticket, number in zip(tickets, numbers, strict=True):
+                    ticket.number = number
+                    self._live[number] = ticket
             self._inbox.popleft()
 
     def _cancel(self, engine: Engine, tickets: list[Ticket]) -> None:
@@ -282,14 +285,19 @@ class Worker:
             if ticket.waits and (place < first or ticket.number in emitted):
                 self._no_longer_waits(ticket)
                 self._metrics.observe("vllm:request_queue_time_seconds", began - ticket.arrived)
-                self._metrics.count("vllm:prompt_tokens", len(ticket.prompt))
+                self._metrics.count("vllm:prompt_tokens", len(ticket.ask.prompt))
 
-    def _hand_out(self, emitted: list[Emitted], now: float) -> None:
+    def _hand_out(self, told: Sequence[Told], now: float) -> None:
         events: list[tuple[Ticket, Event]] = []
-        for item in emitted:
+        for item in told:
             ticket = self._live.get(item.request)
             if ticket is None:
                 continue  # cancelled
+            if not isinstance(item, Emitted):
+                if isinstance(item, Pooled):
+                    self._end(ticket, "stop")
+                events.append((ticket, item))
+                continue
             if ticket.last_token is None:
                 self._metrics.observe("vllm:time_to_first_token_seconds", now - ticket.arrived)
             else:
@@ -299,7 +307,7 @@ class Worker:
                 self._metrics.observe("vllm:e2e_request_latency_seconds", now - ticket.arrived)
                 self._end(ticket, item.finish)
             events.append((ticket, item))
-        self._metrics.count("vllm:generation_tokens", len(emitted))
+        self._metrics.count("vllm:generation_tokens", sum(isinstance(item, Emitted) for item in told))
         self._post(events)
 
     def _end(self, ticket: Ticket, reason: str) -> None:
@@ -316,7 +324,7 @@ class Worker:
 
     def _end_all(self, why: Callable[[], LineshaftError]) -> None:
         """Answer everybody with an error. The state must be one that lets nobody in any more."""
-        tickets = [*self._live.values(), *self._inbox]
+        tickets = [*self._live.values(), *(ticket for waiting in self._inbox for ticket in waiting)]
         self._inbox.clear()
         for ticket in tickets:
             self._end(ticket, "error")

@@ -1,0 +1,28 @@
+"""What can be set about one engine. Free of torch: whoever only passes settings on does not load it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from lineshaft.base.config import Config
+from lineshaft.sched.scheduler import SchedulerConfig
+
+
+class EngineConfig(Config):
+    """Precision, memory and limits of one engine."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dense weights and cache are held as this; auto: as the checkpoint stores them."""
+    dequantise: bool = False
+    """Decode quantised weights (INT8, FP8) once, when they are loaded: more memory, but no decoding in each product."""
+    active_experts: PositiveInt | None = None
+    """Experts that a token uses; null: as many as the model was made for."""
+    page_tokens: PositiveInt = 16
+    """Tokens in a cache page. Larger pages waste tails; smaller ones cost look-ups."""
+    cache_bytes: PositiveInt = 512 << 20
+    """Most memory for the cache; less is taken when max_batch full contexts need less."""
+    max_context: PositiveInt | None = None
+    """Most tokens of prompt and answer; null: what the model was made for."""
+    scheduler: SchedulerConfig = SchedulerConfig()
