@@ -15,8 +15,9 @@ import torch
 from lineshaft.base.errors import ConfigError, QueueFull, RequestError, TooLong
 from lineshaft.engine.cache import PagedCache, page_bytes
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.loop import Engine, Load
+from lineshaft.engine.loop import Engine
 from lineshaft.model.decoder import Decoder
+from lineshaft.sched.load import Load
 from lineshaft.sched.request import Ask, Sampling
 from lineshaft.sched.scheduler import SchedulerConfig
 

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -23,19 +22,10 @@ from lineshaft.engine.sampler import Sampler
 from lineshaft.model.checkpoint import load_checkpoint
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.decoder import Decoder
+from lineshaft.sched.load import Load
 from lineshaft.sched.pages import PagePool
 from lineshaft.sched.request import Ask, Event, Request
 from lineshaft.sched.scheduler import Scheduler
-
-
-@dataclass(frozen=True)
-class Load:
-    """How busy the engine is now."""
-
-    running: int
-    waiting: int
-    cache_usage: float
-    """Share of pages in use, 0 to 1."""
 
 
 class Engine:

@@ -82,6 +82,15 @@ class Emitted:
 
 
 @dataclass(frozen=True)
+class Started:
+    """The first step that works on a request is about to be run; comes before everything else, once a request."""
+
+    request: int
+    cached: int
+    """Tokens of its prompt whose keys were found in the prefix cache."""
+
+
+@dataclass(frozen=True)
 class PromptScored:
     """The prompt's own tokens, scored; comes before the answer's first token. One entry a token, None for the first."""
 
@@ -97,7 +106,7 @@ class Pooled:
     embedding: list[float]
 
 
-Event: TypeAlias = Emitted | PromptScored | Pooled
+Event: TypeAlias = Started | Emitted | PromptScored | Pooled
 """What a request's owner is told. Every request ends with an Emitted that has a `finish`, or with a Pooled."""
 
 

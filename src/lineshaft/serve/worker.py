@@ -19,7 +19,7 @@ from typing import Literal, Protocol, TypeAlias
 
 from lineshaft.base.errors import Capacity, EngineError, LineshaftError, QueueFull
 from lineshaft.base.terminal import say
-from lineshaft.sched.request import Ask, Emitted, Pooled
+from lineshaft.sched.request import Ask, Emitted, Pooled, Started
 from lineshaft.sched.request import Event as Told
 from lineshaft.serve.metrics import Metrics
 from lineshaft.serve.refusals import not_ready
@@ -293,6 +293,8 @@ class Worker:
             ticket = self._live.get(item.request)
             if ticket is None:
                 continue  # cancelled
+            if isinstance(item, Started):
+                continue
             if not isinstance(item, Emitted):
                 if isinstance(item, Pooled):
                     self._end(ticket, "stop")
