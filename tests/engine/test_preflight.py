@@ -82,10 +82,10 @@ def test_each_change_makes_it_smaller() -> None:
 @pytest.mark.parametrize(
     ("room", "change"),
     [
-        (1700, []),
-        (1400, ["engine.cache_bytes=268435456"]),
-        (1200, ["engine.dtype=bfloat16"]),
-        (1100, ["engine.dtype=bfloat16", "compress it to int8 first"]),
+        (1750, []),
+        (1450, ["engine.cache_bytes=268435456"]),
+        (1250, ["engine.dtype=bfloat16"]),
+        (1150, ["engine.dtype=bfloat16", "compress it to int8 first"]),
         (500, ["no option makes it fit"]),
     ],
 )

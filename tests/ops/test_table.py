@@ -245,6 +245,24 @@ def exact_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return gate / (1 + (-gate).exp()) * up
 
 
+def exact_sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + (-x).exp())
+
+
+def exact_by_head(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.stack([x[:, head] @ weight[head] for head in range(len(weight))], 1)
+
+
+def exact_tile_gqa(q: Tensor, pages_k: Tensor, pages_v: Tensor, slots: Tensor, seen: Tensor, scale: float) -> Tensor:
+    page = pages_k.shape[1]
+    keys = [[torch.stack([pages[slot // page, slot % page] for slot in own.tolist()]) for own in slots] for pages in (pages_k, pages_v)]
+    return torch.stack([exact_attention(*tile, scale) for tile in zip(q, *keys, seen, strict=True)])
+
+
+def exact_tile_mla(q: Tensor, pages: Tensor, slots: Tensor, seen: Tensor, scale: float, latent: int) -> Tensor:
+    return exact_tile_gqa(q, pages[:, :, None], pages[:, :, None, :latent], slots, seen, scale)
+
+
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
     return dense(q, k, v, np.ones((len(q), len(k)), bool) if seen is None else seen.numpy(), scale)
 
@@ -293,6 +311,10 @@ EXACT: dict[str, Callable[..., Tensor]] = {
     "paged_gqa": exact_paged_gqa,
     "paged_mla": exact_paged_mla,
     "paged_chosen_mla": exact_paged_chosen_mla,
+    "sigmoid": exact_sigmoid,
+    "by_head": exact_by_head,
+    "tile_gqa": exact_tile_gqa,
+    "tile_mla": exact_tile_mla,
 }
 
 

@@ -58,12 +58,12 @@ def serve_memory(given: Serving) -> Memory:
     loading = weights | ({"weights as stored, until they are converted": given.stored.total(config)} if held != given.stored else {})
     logits = requests * config.vocab_size * (ITEM[held.dtype] + (4 if held.dtype != "float32" else 0))
     activations = one_pass(config, held, held.dtype, tokens, context)
-    if given.engine.batch_invariant:
-        activations += working_bytes(config, context)
+    tiles = working_bytes(config, context) if given.engine.batch_invariant else 0
     running = weights | {
         "cache pages": pool.size,
         f"activations of {tokens} tokens": activations,
         "holes in the heap": int(HOLES * activations),
+        "attention in tiles": tiles,
         "logits": logits + _SAMPLING_BYTES * config.vocab_size,
     }
     return Memory({"loading": loading, "running": running})
@@ -105,7 +105,8 @@ def check_room(folder: Path, engine: EngineConfig) -> EngineConfig:
 def _smaller_cache(given: Serving) -> Iterator[Step[Serving]]:
     dtype = getattr(torch, given.held.dtype)
     one_request = _context_bytes(given, context_of(given.model, given.engine))
-    for size in halved(pool_of(given.model, given.engine, dtype).size, one_request):
+    used = pool_of(given.model, given.engine, dtype).size
+    for size in halved(min(used, given.engine.cache_bytes or used), one_request):
         engine = given.engine.model_copy(update={"cache_bytes": size})
         yield f"engine.cache_bytes={size}", replace(given, engine=engine)
 
