@@ -49,7 +49,7 @@ class Engine:
         self.runner = Runner(model, cache, config.batch_invariant)
         self.sampler, self.readings = Sampler(), Readings()
         self._numbers = count(1)
-        self._step_tokens = 0
+        self._last = Load()
 
     @classmethod
     def load(cls, folder: Path, config: EngineConfig) -> Engine:
@@ -86,17 +86,19 @@ class Engine:
 
     def step(self) -> Sequence[Event]:
         """Plan, run, sample, commit: the whole engine. [] when there is nothing to do."""
-        plan = self.scheduler.plan(self._clock())
+        began = self._clock()
+        plan = self.scheduler.plan(began)
         if not plan.chunks:
             return []
         hidden_TI = self.runner.run(plan)
         read = self.readings.take(plan, hidden_TI, self.runner)
         tokens, scores = self.sampler(self.runner.logits(hidden_TI, last_rows(plan)), plan.sampling)
         emitted = self.scheduler.commit(plan, tokens, scores)
-        self._step_tokens = len(hidden_TI)
         for token in emitted:
             if token.finish is not None:
                 self._forget(token.request)
+        busy = self._last.busy_seconds + self._clock() - began
+        self._last = Load(step_tokens=plan.tokens, step_requests=len(plan.chunks), step_began=began, busy_seconds=busy)
         return [*(Started(request.number, cached) for request, cached in plan.started), *read, *emitted]
 
     @property
@@ -106,7 +108,9 @@ class Engine:
 
     def load_now(self) -> Load:
         """How busy it is."""
-        return replace(self.scheduler.load_now(), step_tokens=self._step_tokens)
+        last = self._last
+        step = {"step_tokens": last.step_tokens, "step_requests": last.step_requests}
+        return replace(self.scheduler.load_now(), step_began=last.step_began, busy_seconds=last.busy_seconds, **step)
 
     def _forget(self, number: int) -> None:
         self.sampler.forget(number)

@@ -104,8 +104,23 @@ class Pooled(msgspec.Struct, frozen=True, tag=True):
     embedding: list[float]
 
 
-Event: TypeAlias = Started | Emitted | PromptScored | Pooled
-"""What a request's owner is told. Every request ends with an Emitted that has a `finish`, or with a Pooled."""
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """An engine in another process could not take the request in; it has ended. (One in this process raises instead.)"""
+
+    request: int
+    error: str
+    """Name of the class in base/errors.py."""
+    message: str
+    param: str | None = None
+
+
+Event: TypeAlias = Started | Emitted | PromptScored | Pooled | Refused
+"""What a request's owner is told. Every request ends with an Emitted that has a `finish`, with a Pooled, or with a Refused."""
+
+
+def ends(event: Event) -> bool:
+    """Is it the last that its request is told?"""
+    return isinstance(event, Pooled | Refused) or (isinstance(event, Emitted) and event.finish is not None)
 
 
 @dataclass(eq=False, slots=True)

@@ -155,7 +155,7 @@ class Api:
         return _json({"status": "ok"})
 
     async def _ready(self, _: Request) -> Response:
-        self._worker.model()
+        self._worker.must_be_ready()
         return _json({"status": "ready"})
 
     async def _exposition(self, _: Request) -> Response:
