@@ -89,7 +89,7 @@ _STOPPED = {
     "slo": "",
     "highest": "; higher ones were not allowed (search.highest, max_requests)",
     "lowest": "; lower ones were not tried",
-    "client": "; at higher ones this client was the bottleneck",
+    "client": "; not sought further, as this client could not keep up",
     "probes": "; the probes ran out (search.probes)",
     "interrupted": "; stopped",
 }

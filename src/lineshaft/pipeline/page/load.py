@@ -22,19 +22,25 @@ MOST_MARKERS = 1500
 _TITLE = 26.0
 _FIRST, _WHOLE, _FAILED, _LEVEL = 0, 1, 3, 2
 _SERIES = (("first token", "ttft", _FIRST), ("whole request", "latency", _WHOLE))
-_STYLE = """
-svg { --card: #ffffff; --ink: #1b1f24; --soft: #57606a; --grid: #e8eaed; background: var(--card);
-  --c0: #0063a6; --c1: #c65300; --c2: #00785a; --c3: #9a4a82;
-  font: 12px system-ui, -apple-system, "Segoe UI", "Noto Sans", "Noto Sans CJK SC", sans-serif; }
-@media (prefers-color-scheme: dark) { svg { --card: #1c2024; --ink: #e6e8ea; --soft: #a3abb3; --grid: #2a2f35;
-  --c0: #6cbcf5; --c1: #f5a14a; --c2: #3fd0a4; --c3: #e59cca; } }
-text { fill: var(--ink); } .title { font-size: 15px; font-weight: 600; } .tick, .axis-label { fill: var(--soft); }
-.label { font-weight: 600; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; paint-order: stroke; }
-.grid { stroke: var(--grid); fill: none; } .axis { stroke: var(--soft); fill: none; }
-.line { stroke: var(--c); stroke-width: 2.2; fill: none; stroke-linejoin: round; }
-.level { stroke: var(--c); stroke-width: 1.6; fill: none; } .marker { fill: var(--c); stroke: var(--card); stroke-width: 1; }
-.s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); }
+_SHAPES = """
+svg { font: 12px system-ui, -apple-system, "Segoe UI", "Noto Sans", "Noto Sans CJK SC", sans-serif; }
+.title { font-size: 15px; font-weight: 600; } .label { font-weight: 600; stroke-width: 4px; stroke-linejoin: round; paint-order: stroke; }
+.grid, .axis, .line, .level { fill: none; } .line { stroke-width: 2.2; stroke-linejoin: round; } .level { stroke-width: 1.6; }
 """
+_LIGHT = ("#ffffff", "#1b1f24", "#57606a", "#e8eaed", ("#0063a6", "#c65300", "#00785a", "#9a4a82"))
+_DARK = ("#1c2024", "#e6e8ea", "#a3abb3", "#2a2f35", ("#6cbcf5", "#f5a14a", "#3fd0a4", "#e59cca"))
+"""Card, ink, soft ink, grid, series: the page's colours. Spelled out, as viewers other than browsers know no CSS variables."""
+
+
+def _colours(card: str, ink: str, soft: str, grid: str, series: Sequence[str]) -> str:
+    rules = [f"svg {{ background: {card}; }} text {{ fill: {ink}; }} .tick, .axis-label {{ fill: {soft}; }}"]
+    rules += [f".grid {{ stroke: {grid}; }} .axis {{ stroke: {soft}; }} .label {{ stroke: {card}; }} .ground {{ fill: {card}; }}"]
+    for number, colour in enumerate(series):
+        rules += [f".line.s{number}, .level.s{number} {{ stroke: {colour}; }} .marker.s{number} {{ fill: {colour}; }}"]
+    return "\n".join(rules)
+
+
+_STYLE = f"{_SHAPES}{_colours(*_LIGHT)}\n@media (prefers-color-scheme: dark) {{\n{_colours(*_DARK)}\n}}\n"
 
 
 def load_picture(outcome: Outcome) -> str:
@@ -45,6 +51,7 @@ def load_picture(outcome: Outcome) -> str:
     root = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "width": f"{WIDTH:g}"})
     root.set("viewBox", f"0 0 {WIDTH:g} {(HEIGHT + _TITLE) * len(plots):g}")
     SubElement(root, "style").text = _STYLE
+    SubElement(root, "rect", {"class": "ground", "width": "100%", "height": "100%"})
     for number, plot in enumerate(plots):
         top = number * (HEIGHT + _TITLE)
         SubElement(root, "text", {"class": "title", "x": "8", "y": f"{top + 20:g}"}).text = plot.title
@@ -103,9 +110,9 @@ def _search(found: Found, share: float) -> Plot:
     points: list[Point] = sorted((probe.rate, 100 * probe.good / probe.requests) for probe in counted)
     rates = [rate for rate, _ in points]
     x = Axis.over("offered requests/s", rates or [0.0, 1.0], air=0.05, wanted=7)
-    y = Axis("requests within the SLO, %", [0.0, 20.0, 40.0, 60.0, 80.0, 100.0])
+    y = Axis(f"requests within the SLO, % (needed: {share * 100:g})", [0.0, 20.0, 40.0, 60.0, 80.0, 100.0])
     result = "No rate met the SLO" if found.rate is None else f"Highest rate within the SLO: {found.rate:.4g} requests/s"
-    plot = Plot("search", result, f"{result}. {len(points)} probes.", x, y)
+    plot = Plot("search", result, f"{result}. {len(points)} probes.", x, y, [("meets it", _FIRST), ("fails", _WHOLE)])
     if rates:
         plot.levels([(f"needed: {percent(share)}", 100 * share, _LEVEL)])
     for rate, good in points:
