@@ -29,8 +29,6 @@ INCONCLUSIVE = 8
 _FILES = ("bench.json", "requests.jsonl", "bench.svg")
 _DEFAULT = LoadConfig()
 
-LimitOption = float | None
-
 
 def bench_command(
     url: Annotated[str, typer.Argument(help="The server. Its key, if it wants one, is taken from OPENAI_API_KEY.")] = _DEFAULT.url,
@@ -41,9 +39,9 @@ def bench_command(
     model: Annotated[str | None, typer.Option(help="Model to ask for. Default: the only one that the server lists.")] = None,
     api: Annotated[str, typer.Option(help="completions, or chat, which takes text prompts.")] = _DEFAULT.api,
     text: Annotated[str | None, typer.Option(metavar="FILE", help="Take prompts from this text instead of random token ids.")] = None,
-    slo_ttft: Annotated[LimitOption, typer.Option(help="Most seconds to the first token of a good request.")] = None,
-    slo_itl: Annotated[LimitOption, typer.Option(help="Most seconds between its tokens, as a mean.")] = None,
-    slo_e2e: Annotated[LimitOption, typer.Option(help="Most seconds to its end.")] = None,
+    slo_ttft: Annotated[float | None, typer.Option(help="Most seconds to the first token of a good request.")] = None,
+    slo_itl: Annotated[float | None, typer.Option(help="Most seconds between its tokens, as a mean.")] = None,
+    slo_e2e: Annotated[float | None, typer.Option(help="Most seconds to its end.")] = None,
     slo_share: Annotated[float, typer.Option(help="Share of the requests that must be good.")] = _DEFAULT.slo.share,
     find_rate: Annotated[bool, typer.Option("--find-rate", help="Look for the highest rate that meets the SLO.")] = False,
     warmup: Annotated[float, typer.Option(help="Seconds of load before, not counted.")] = _DEFAULT.warmup,

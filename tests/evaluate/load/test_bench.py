@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 from fake_openai import FakeOpenAI, served
-from world import Silent, measured
+from load_world import Silent, measured
 
 from lineshaft.base.config import load
 from lineshaft.base.errors import Capacity, ConfigError, EngineError, LineshaftError, RequestError, UnknownModel

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import nullcontext
 
 from fake_openai import FakeOpenAI, listening
-from virtual import VirtualLoop
+from virtual_loop import VirtualLoop
 
 from lineshaft.base.config import load
 from lineshaft.evaluate.load.bench import LoadConfig, Outcome, bench
