@@ -127,7 +127,34 @@ _SERVER = (
     Metric("lineshaft:http_errors", "Answers with an error status, by status", "responses", "lower", "counter", ("status",)),
 )
 
-CATALOGUE: Mapping[str, Metric] = {metric.name: metric for metric in (*_REPORT, *_SERVER)}
+_TIMES = {
+    "ttft": "Time from when a request was due to its first token",
+    "itl": "Time from one piece of text to the next, of all requests",
+    "tpot": "Time a token after the first, a request's mean",
+    "latency": "Time from when a request was due to the end of its answer",
+}
+_ENDS = {"mean": "mean", "p50": "median", "p90": "90 % stayed under it", "p99": "99 % stayed under it", "max": "longest"}
+
+_LOAD = (
+    *(
+        Metric(f"{family}_{end}_seconds", f"{meaning}: {words}", "s", "lower", measured=True)
+        for family, meaning in _TIMES.items()
+        for end, words in _ENDS.items()
+        if (family, end) not in {("latency", "p50"), ("latency", "p90"), ("latency", "p99")}  # a report has them
+    ),
+    Metric("offered_requests_per_second", "Requests that were due over the time in which they were", "requests/s", measured=True),
+    Metric("requests_per_second", "Requests answered over the whole time", "requests/s", "higher", measured=True),
+    Metric("output_tokens_per_second", "Tokens of the answered requests over the whole time", "tokens/s", "higher", measured=True),
+    Metric("goodput_share", "Share of requests answered within every limit of the SLO", "", "higher", measured=True),
+    Metric("goodput_requests_per_second", "Such requests over the whole time", "requests/s", "higher", measured=True),
+    Metric("send_lag_p99_seconds", "How late the load generator sent: 99 % stayed under it", "s", "lower", measured=True),
+    Metric("send_lag_max_seconds", "How late the load generator sent: longest", "s", "lower", measured=True),
+    Metric("client_lateness_p99_seconds", "How late the load generator woke up: 99 % stayed under it", "s", "lower", measured=True),
+    Metric("client_lateness_max_seconds", "How late the load generator woke up: longest", "s", "lower", measured=True),
+    Metric("max_rate_requests_per_second", "Highest rate at which the SLO was met", "requests/s", "higher", measured=True),
+)
+
+CATALOGUE: Mapping[str, Metric] = {metric.name: metric for metric in (*_REPORT, *_SERVER, *_LOAD)}
 
 
 def metric(name: str) -> Metric:
