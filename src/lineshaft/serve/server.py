@@ -27,6 +27,7 @@ from lineshaft.engine.loop import Engine
 from lineshaft.engine.preflight import check_room
 from lineshaft.ops.table import chosen
 from lineshaft.serve.api import Api
+from lineshaft.serve.limits import Limits
 from lineshaft.serve.metrics import Metrics
 from lineshaft.serve.worker import Served, Worker
 from lineshaft.text import contract
@@ -47,8 +48,8 @@ class ServeConfig(Config):
     """Port to listen on; 0 takes any free one."""
     model_name: str | None = None
     """Name that clients ask for; by default the name of what is served."""
-    max_body_bytes: PositiveInt = 4 << 20
-    """Larger request bodies are refused with 413."""
+    limits: Limits = Limits()
+    """Bounds on one request."""
     max_waiting: PositiveInt = 256
     """Requests that may wait for the engine; more are refused with 429."""
     drain_seconds: NonNegativeFloat = 30.0
@@ -84,7 +85,7 @@ def serve_until_stopped(load: Callable[[], Served], model: str, config: ServeCon
         say(f"kernels: {', '.join(f'{op} {origin}' for op, origin in chosen('cpu').items())}")
         say(f"listening on http://{f'[{config.host}]' if ':' in config.host else config.host}:{port}")
         on_listening(port)
-        _Server(worker, Api(worker, model, metrics, config.max_body_bytes), config).run([listener])
+        _Server(worker, Api(worker, model, metrics, config.limits), config).run([listener])
     if worker.failure:
         raise worker.failure
 

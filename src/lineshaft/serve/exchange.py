@@ -1,0 +1,115 @@
+"""A request for text on its way through the engine: its answer as a whole, or as the events of a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import msgspec
+from msgspec import UNSET
+
+from lineshaft.base.errors import LineshaftError
+from lineshaft.serve.answer import Answering, Chorus, Piece
+from lineshaft.serve.plan import Plan
+from lineshaft.serve.refusals import error_answer, took_too_long
+from lineshaft.serve.replies import Answer, Usage
+from lineshaft.serve.voice import Voice
+from lineshaft.serve.wire import Asked
+from lineshaft.serve.worker import Ticket
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When a request must have been answered."""
+
+    arrived: float
+    """A time of `time.monotonic`."""
+    seconds: float
+
+    @property
+    def left(self) -> float:
+        """Seconds until then."""
+        return self.arrived + self.seconds - time.monotonic()
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """Raises Capacity (408) once it has passed, and cancels what is being waited for."""
+        try:
+            if self.left <= 0:  # said here, since a wait that ends at once is never cancelled
+                raise TimeoutError
+            async with asyncio.timeout(self.left):
+                yield
+        except TimeoutError:
+            raise took_too_long(self.seconds) from None
+
+
+class Exchange:
+    """A request for text that the engine works on. Whoever has one must close it."""
+
+    def __init__(self, voice: Voice, plan: Plan, choices: Sequence[Answering], asked: Asked, clock: Deadline) -> None:
+        """Choices are numbered as in the plan; `clock`: until when they must be complete."""
+        self.streamed = bool(asked.stream)
+        options = asked.stream_options
+        self._counted = bool(options and options.include_usage)
+        self._always_counted = bool(options and options.continuous_usage_stats)
+        self._voice, self._prompt_tokens, self._choices = voice, plan.prompt_tokens, choices
+        self._chorus = Chorus(choices)
+        self._clock = clock
+        self._first: list[Piece] = []
+
+    async def whole(self) -> Answer:
+        """The complete answer. Raises the LineshaftError that ended it."""
+        pieces: list[list[Piece]] = [[] for _ in self._choices]
+        while piece := await self._next():
+            pieces[piece.choice].append(piece)
+        return self._voice.whole([_joined(own) for own in pieces], self._usage())
+
+    async def begin(self) -> None:
+        """Wait until there is something to tell. Raises the LineshaftError that ended the request before that."""
+        piece = await self._next()
+        assert piece  # every answer has a last piece
+        self._first.append(piece)
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The server-sent events of a stream, after `begin`. An error that ends it is told as its last event but one."""
+        for chunk in self._voice.opening(len(self._choices)):
+            yield _event(chunk)
+        try:
+            while piece := self._first.pop() if self._first else await self._next():
+                yield _event(self._voice.piece(piece, self._usage() if self._always_counted else UNSET))
+            if self._counted:
+                yield _event(self._voice.closing(self._usage()))
+        except LineshaftError as error:
+            yield _event(error_answer(error))
+        yield b"data: [DONE]\n\n"
+
+    def close(self, release: Callable[[Ticket], None]) -> None:
+        """Let go of everything; what has not ended is cancelled."""
+        self._chorus.close()
+        for choice in self._choices:
+            release(choice.ticket)
+
+    async def _next(self) -> Piece | None:
+        """The next piece that says something; None after the last."""
+        async with self._clock.kept():
+            while (piece := await self._chorus.next()) is not None and not piece:
+                continue
+        return piece
+
+    def _usage(self) -> Usage:
+        answered = sum(choice.telling.tokens for choice in self._choices)
+        return Usage(self._prompt_tokens, answered, self._prompt_tokens + answered)
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of a choice as one."""
+    last = pieces[-1]
+    tokens = [token for piece in pieces for token in piece.tokens]
+    return Piece(last.choice, "".join(piece.text for piece in pieces), tokens, last.finish)
+
+
+def _event(answer: msgspec.Struct) -> bytes:
+    return b"data: " + msgspec.json.encode(answer) + b"\n\n"
