@@ -79,8 +79,9 @@ def _content(item: Endpoint, shapes: dict[type, Any]) -> dict[str, Any]:
         return {item.answer: {"schema": {"type": "string"} if item.answer.startswith("text/") else {"type": "object"}}}
     content: dict[str, Any] = {"application/json": {"schema": shapes[item.answer]}}
     if item.chunk:
-        told = f"`data: ` and a {item.chunk.__name__} (or an ErrorAnswer) for each event, `data: [DONE]` at the end"
-        content["text/event-stream"] = {"schema": {"type": "string", "description": told}}
+        told = f"A {item.chunk.__name__}, or an ErrorAnswer that ends the stream, as JSON; [DONE] in the last event"
+        data = {"type": "string", "description": told}
+        content["text/event-stream"] = {"schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
     return content
 
 
