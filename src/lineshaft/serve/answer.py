@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from lineshaft.sched.request import Emitted, Event, PromptScored, Score
 from lineshaft.serve.replies import FinishReason
 from lineshaft.serve.stops import StopScanner
@@ -13,8 +15,7 @@ from lineshaft.serve.worker import Ticket
 from lineshaft.text.detokenize import Decodes, Detokenizer
 
 
-@dataclass(frozen=True)
-class Scored:
+class Scored(Struct, frozen=True):
     """A token and how likely it was."""
 
     token: int
@@ -24,8 +25,7 @@ class Scored:
     """Where it begins in the choice's text, in characters."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """What came new for one choice; the pieces of a choice together are its answer."""
 
     choice: int

@@ -25,7 +25,7 @@ from lineshaft.serve import metrics
 from lineshaft.serve.endpoints import ENDPOINTS
 from lineshaft.serve.exchange import Exchange
 from lineshaft.serve.limits import Limits
-from lineshaft.serve.openapi import document
+from lineshaft.serve.openapi import encoded
 from lineshaft.serve.read import shown
 from lineshaft.serve.refusals import plain_refusal, refusal
 from lineshaft.serve.replies import ModelCard, ModelList, Status, Version
@@ -136,7 +136,7 @@ class Api:
         return as_json(Version(importlib.metadata.version("lineshaft")))
 
     async def _openapi(self, _: Request) -> Response:
-        return as_json(document())
+        return Response(encoded(), media_type="application/json")
 
     # -- refusals ---------------------------------------------------------------------------------------------------
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import UNSET
@@ -20,30 +19,43 @@ from lineshaft.serve.voice import Voice
 from lineshaft.serve.wire import Asked
 from lineshaft.serve.worker import Ticket
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
+
 class Deadline:
-    """When a request must have been answered."""
+    """When a request must have been answered. One timer for the whole request: a timeout for each token would cost more than the token."""
 
-    arrived: float
-    """A time of `time.monotonic`."""
-    seconds: float
+    def __init__(self, arrived: float, seconds: float) -> None:
+        """`arrived`: a time of `time.monotonic`. To be made, used and closed inside the event loop."""
+        self._seconds, self._passed = seconds, False
+        self._waiting: asyncio.Task[Any] | None = None
+        left = max(arrived + seconds - time.monotonic(), 0)
+        self._timer = asyncio.get_running_loop().call_later(left, self._ring)
 
-    @property
-    def left(self) -> float:
-        """Seconds until then."""
-        return self.arrived + self.seconds - time.monotonic()
-
-    @asynccontextmanager
-    async def kept(self) -> AsyncIterator[None]:
-        """Raises Capacity (408) once it has passed, and cancels what is being waited for."""
+    async def keep(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`. Raises Capacity (408) once the time has passed, and cancels what is being waited for."""
+        if self._passed:
+            work.close()
+            raise took_too_long(self._seconds)
+        self._waiting = task = asyncio.current_task()
+        assert task
         try:
-            if self.left <= 0:  # said here, since a wait that ends at once is never cancelled
-                raise TimeoutError
-            async with asyncio.timeout(self.left):
-                yield
-        except TimeoutError:
-            raise took_too_long(self.seconds) from None
+            return await work
+        except asyncio.CancelledError:
+            if self._passed and task.uncancel() == 0:  # else somebody else wants the end of it, too
+                raise took_too_long(self._seconds) from None
+            raise
+        finally:
+            self._waiting = None
+
+    def close(self) -> None:
+        """Ring no more."""
+        self._timer.cancel()
+
+    def _ring(self) -> None:
+        self._passed = True
+        if self._waiting:
+            self._waiting.cancel()
 
 
 class Exchange:
@@ -88,15 +100,15 @@ class Exchange:
 
     def close(self, release: Callable[[Ticket], None]) -> None:
         """Let go of everything; what has not ended is cancelled."""
+        self._clock.close()
         self._chorus.close()
         for choice in self._choices:
             release(choice.ticket)
 
     async def _next(self) -> Piece | None:
         """The next piece that says something; None after the last."""
-        async with self._clock.kept():
-            while (piece := await self._chorus.next()) is not None and not piece:
-                continue
+        while (piece := await self._clock.keep(self._chorus.next())) is not None and not piece:
+            continue
         return piece
 
     def _usage(self) -> Usage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
@@ -46,6 +47,12 @@ def document() -> dict[str, Any]:
         "paths": {item.path: {item.method.lower(): _operation(item, shapes)} for item in ENDPOINTS},
         "components": {"schemas": components},
     }
+
+
+@functools.cache
+def encoded() -> bytes:
+    """The document as JSON."""
+    return msgspec.json.encode(document())
 
 
 def _kinds() -> list[type]:

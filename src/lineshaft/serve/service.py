@@ -57,8 +57,11 @@ class Service:
         self._check_model(asked.model)
         served = self.worker.model()
         asks = await asyncio.to_thread(plan_embedding, asked, served.tokenizer, Room(served.engine.context_tokens, self.limits))
-        async with Deadline(arrived, self.limits.request_seconds).kept():
-            found = await self._embedded(asks, arrived)
+        clock = Deadline(arrived, self.limits.request_seconds)
+        try:
+            found = await clock.keep(self._embedded(asks, arrived))
+        finally:
+            clock.close()
         if asked.dimensions is not None and asked.dimensions != len(found[0]):
             raise RequestError(f'"dimensions": this model has {len(found[0])} and gives no other number of them', "dimensions")
         as_text = asked.encoding_format == "base64"
