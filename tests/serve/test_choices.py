@@ -140,6 +140,15 @@ def test_nothing_asked_for_is_refused(world):
         world.client().completions.create(**{**ASK, "max_tokens": 0})
 
 
+def test_each_choice_of_a_scored_prompt_has_the_scores_and_its_own_seed(world):
+    answer = world.client().completions.create(**{**ASK, "prompt": ["a", "b"]}, n=2, seed=(1 << 63) - 1, echo=True, logprobs=0)
+    asks = [request.ask for request in world.engine.submitted[-4:]]
+    assert [(ask.task, ask.copies, ask.sampling.seed) for ask in asks] == [("score", 1, (1 << 63) - 1), ("score", 1, -(1 << 63))] * 2
+    assert [choice.text for choice in answer.choices] == ["a" + TEXT] * 2 + ["b" + TEXT] * 2
+    assert all(len(choice.logprobs.tokens) == len(WORDS) + 2 for choice in answer.choices)
+    assert answer.usage.prompt_tokens == 4
+
+
 @pytest.mark.parametrize("logprobs", [None, 1])
 def test_a_streamed_echo_begins_with_the_prompt(world, logprobs):
     chunks = list(world.client().completions.create(**ASK, echo=True, logprobs=logprobs, stream=True))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lineshaft.base.errors import RequestError, TooLong
-from lineshaft.sched.request import Ask, Sampling, Task
+from lineshaft.sched.request import Ask, Sampling
 from lineshaft.serve.limits import Limits
 from lineshaft.serve.read import shown
 from lineshaft.serve.refusals import too_many_tokens
@@ -16,6 +16,8 @@ from lineshaft.text.tokenizer import Tokenizer
 
 COMPLETION_TOKENS = 16
 """OpenAI's default of max_tokens for completions. A chat answer may fill the context."""
+_LEAST_TOP_P = 1e-6
+"""The likeliest token alone reaches this in any vocabulary below a million, so less means the same; and far less is 0 in float32."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,14 @@ class Plan:
     """What the engine is to do for a request for text, and how the answers are to be told. Choices are numbered prompt by prompt."""
 
     asks: list[Ask]
-    """One for each prompt."""
+    """One for each prompt, or for each choice."""
     stops: list[str]
+    prompt_tokens: int
+    """Of all prompts, each counted once."""
     echoes: list[str] | None = None
-    """The prompts' texts, when each answer is to begin with its own."""
+    """For each ask its prompt's text, when the answers are to begin with it."""
     silent: bool = False
     """Only the prompt is wanted: the one token that the engine makes anyway is not told."""
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Of all prompts, each counted once."""
-        return sum(len(ask.prompt) for ask in self.asks)
 
 
 def plan_completion(asked: CompletionAsked, tokenizer: Tokenizer, room: Room) -> Plan:
@@ -49,12 +48,15 @@ def plan_completion(asked: CompletionAsked, tokenizer: Tokenizer, room: Room) ->
     given = _separate(asked.prompt, "prompt")
     prompts = [_ids(item, tokenizer, "prompt") for item in given]
     asks = _asks(asked, prompts, COMPLETION_TOKENS, asked.max_tokens, tokenizer, room, asked.logprobs)
+    counted = sum(map(len, prompts))
     if not asked.echo:
-        return Plan(asks, _stops(asked))
-    if asked.logprobs is not None:
-        asks = [_with_task(ask, "score") for ask in asks]
+        return Plan(asks, _stops(asked), counted)
     echoes = [item if isinstance(item, str) else tokenizer.decode(item) for item in given]
-    return Plan(asks, _stops(asked), echoes, silent=asked.max_tokens == 0)
+    if asked.logprobs is not None:
+        copies = asked.n or 1
+        asks = [single for ask in asks for single in _scored(ask)]
+        echoes = [text for text in echoes for _ in range(copies)]
+    return Plan(asks, _stops(asked), counted, echoes, silent=asked.max_tokens == 0)
 
 
 def plan_chat(asked: ChatAsked, tokenizer: Tokenizer, room: Room) -> Plan:
@@ -66,7 +68,8 @@ def plan_chat(asked: ChatAsked, tokenizer: Tokenizer, room: Room) -> Plan:
     if len(both) > 1:
         raise RequestError('"max_tokens" and "max_completion_tokens" differ: send one', "max_completion_tokens")
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-    return Plan(_asks(asked, [prompt], room.context_tokens, both.pop() if both else None, tokenizer, room, logprobs), _stops(asked))
+    asks = _asks(asked, [prompt], room.context_tokens, both.pop() if both else None, tokenizer, room, logprobs)
+    return Plan(asks, _stops(asked), len(prompt))
 
 
 def plan_embedding(asked: EmbeddingAsked, tokenizer: Tokenizer, room: Room) -> list[Ask]:
@@ -180,7 +183,7 @@ def _sampling(asked: Asked, tokenizer: Tokenizer, logprobs: int | None) -> Sampl
     return Sampling(
         temperature=1.0 if asked.temperature is None else asked.temperature,
         top_k=max(asked.top_k or 0, 0),
-        top_p=1.0 if asked.top_p is None else asked.top_p,
+        top_p=1.0 if asked.top_p is None else max(asked.top_p, _LEAST_TOP_P),
         min_p=asked.min_p or 0.0,
         seed=asked.seed,
         stop_token_ids=checked_ids(asked.stop_token_ids or [], tokenizer, "stop_token_ids"),
@@ -205,5 +208,15 @@ def _stops(asked: Asked) -> list[str]:
     return [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
 
 
-def _with_task(ask: Ask, task: Task) -> Ask:
-    return Ask(ask.prompt, ask.sampling, task, ask.priority, ask.copies)
+def _scored(ask: Ask) -> list[Ask]:
+    """An ask for each copy, which scores the prompt by itself: copies would share one reading of the prompt."""
+    seed = ask.sampling.seed
+    return [
+        Ask(ask.prompt, ask.sampling.model_copy(update={"seed": None if seed is None else _shifted(seed, copy)}), "score", ask.priority)
+        for copy in range(ask.copies)
+    ]
+
+
+def _shifted(seed: int, copy: int) -> int:
+    """The seed of a copy, as the engine has it: in 64 bits with a sign."""
+    return (seed + copy + (1 << 63)) % (1 << 64) - (1 << 63)
