@@ -305,6 +305,17 @@ def test_a_request_that_never_fits_the_cache_is_429():
         world.client().completions.create(**ASK, stream=True)
 
 
+def test_a_model_that_still_loads_is_a_server_error_that_the_client_may_retry():
+    loading = threading.Event()
+    with serving(load=loading.wait) as world:
+        with pytest.raises(openai.InternalServerError) as caught:
+            world.client().embeddings.create(model=MODEL, input="x")
+        assert (caught.value.status_code, caught.value.code) == (503, "not_ready")
+        assert caught.value.response.headers["retry-after"]
+        world.worker.stop()
+        loading.set()
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["role", "content", "type", "text"]), inner, max_size=3),

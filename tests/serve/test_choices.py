@@ -1,5 +1,6 @@
 """Several answers to one request, echoes and log-probabilities, as the official client reads them."""
 
+import gc
 import json
 import threading
 
@@ -91,6 +92,17 @@ def test_a_client_that_hangs_up_cancels_all_choices():
         until(lambda: not world.worker.in_flight)
         world.engine.gate.release(10)
         world.engine.wait(lambda engine: sorted(engine.cancelled) == [0, 1, 2])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_engine_that_fails_is_told_once_for_all_choices(stream, capfd, caplog):
+    with serving(FakeEngine(break_at=3), FakeEngine()) as world:
+        with pytest.raises(openai.APIError, match="may be sent again"):
+            list(world.client().completions.create(**ASK, n=3, stream=stream))
+        until(lambda: not world.worker.in_flight and world.worker.state == "ready")
+        gc.collect()
+        assert world.client().completions.create(**ASK, n=3).choices[2].text == TEXT
+    assert "never retrieved" not in capfd.readouterr().err + caplog.text
 
 
 def test_when_the_queue_is_full_in_the_middle_of_a_request_none_of_it_stays():

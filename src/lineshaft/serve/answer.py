@@ -156,7 +156,8 @@ class Chorus:
     def close(self) -> None:
         """Wait for nothing more."""
         for task in self._coming:
-            task.cancel()
+            if not task.cancel() and not task.cancelled():
+                task.exception()  # one choice's error was told for all; asyncio would complain about the others'
         self._coming.clear()
 
     def _await(self, choices: Sequence[Answering]) -> None:

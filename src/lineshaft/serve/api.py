@@ -1,6 +1,6 @@
 """The HTTP interface: OpenAI's and vLLM's endpoints and the probes, as a Starlette application over a `Worker`.
 
-Order of a request: `web` reads the body (limited) -> `read` checks its shape -> `plan` makes of it what the engine is asked ->
+Order of a request: `web` reads the body (limited) -> `read` checks its shape -> `job` makes of it what the engine is asked ->
 the worker's engine -> `answer` makes text of tokens -> `voice` words it. An error before the first token is an HTTP status;
 after it, an event in the stream.
 """
@@ -23,9 +23,9 @@ from starlette.routing import Route
 from lineshaft.base.errors import LineshaftError, UnknownModel
 from lineshaft.serve import metrics
 from lineshaft.serve.endpoints import ENDPOINTS
-from lineshaft.serve.exchange import Exchange
 from lineshaft.serve.limits import Limits
 from lineshaft.serve.openapi import encoded
+from lineshaft.serve.pending import Pending
 from lineshaft.serve.read import shown
 from lineshaft.serve.refusals import plain_refusal, refusal
 from lineshaft.serve.replies import ModelCard, ModelList, Status, Version
@@ -88,15 +88,15 @@ class Api:
 
     # -- answers of the model ---------------------------------------------------------------------------------------
 
-    async def _text(self, begin: Callable[[bytes, float], Awaitable[Exchange]], request: Request) -> Response:
+    async def _text(self, begin: Callable[[bytes, float], Awaitable[Pending]], request: Request) -> Response:
         arrived = time.monotonic()
-        exchange = await begin(await body_of(request, self._limits), arrived)
+        pending = await begin(await body_of(request, self._limits), arrived)
         with ExitStack() as held:
-            held.callback(exchange.close, self._worker.release)
-            if not exchange.streamed:
-                return as_json(await unless_gone(request, exchange.whole()))
-            await unless_gone(request, exchange.begin())
-            return EventStream(exchange.events(), held.pop_all().close, self._limits.request_seconds + _SLOW_READER_SECONDS)
+            held.callback(pending.close, self._worker.release)
+            if not pending.streamed:
+                return as_json(await unless_gone(request, pending.whole()))
+            await unless_gone(request, pending.begin())
+            return EventStream(pending.events(), held.pop_all().close, self._limits.request_seconds + _SLOW_READER_SECONDS)
 
     async def _embeddings(self, request: Request) -> Response:
         arrived = time.monotonic()

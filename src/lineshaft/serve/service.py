@@ -1,4 +1,4 @@
-"""One request from its body to its answer, without a socket: read, planned, handed to the worker, worded.
+"""One request from its body to its answer, without a socket: read, made into a job, handed to the worker, worded.
 
 The HTTP interface and the batch mode both go through here, so both give the same answers and the same refusals.
 """
@@ -17,10 +17,10 @@ import msgspec
 from lineshaft.base.errors import LineshaftError, RequestError, UnknownModel
 from lineshaft.sched.request import Ask, Pooled
 from lineshaft.serve.answer import Answering, Echo, Telling
-from lineshaft.serve.exchange import Deadline, Exchange
+from lineshaft.serve.job import Job, Room, chat_job, checked_ids, completion_job, embedding_asks, token_ids
 from lineshaft.serve.limits import Limits
 from lineshaft.serve.names import Names
-from lineshaft.serve.plan import Plan, Room, checked_ids, plan_chat, plan_completion, plan_embedding, plan_tokens
+from lineshaft.serve.pending import Deadline, Pending
 from lineshaft.serve.read import read_chat, read_completion, read_detokenize, read_embedding, read_tokenize, shown
 from lineshaft.serve.replies import Detokenized, Embedding, EmbeddingList, EmbeddingUsage, Tokens
 from lineshaft.serve.voice import ChatVoice, CompletionVoice, Voice
@@ -41,22 +41,22 @@ class Service:
         self.worker, self.model, self.limits = worker, model, limits
         self._names: tuple[Tokenizer, Names] | None = None
 
-    async def completion(self, body: bytes, arrived: float) -> Exchange:
+    async def completion(self, body: bytes, arrived: float) -> Pending:
         """Hand in a request for completions. `arrived` is a time of `time.monotonic`. Raises LineshaftError."""
         asked = read_completion(body)
-        return await self._begun(asked, plan_completion, CompletionVoice, asked.logprobs is not None, arrived)
+        return await self._begun(asked, completion_job, CompletionVoice, asked.logprobs is not None, arrived)
 
-    async def chat(self, body: bytes, arrived: float) -> Exchange:
+    async def chat(self, body: bytes, arrived: float) -> Pending:
         """Hand in a request for chat answers. `arrived` is a time of `time.monotonic`. Raises LineshaftError."""
         asked = read_chat(body)
-        return await self._begun(asked, plan_chat, ChatVoice, bool(asked.logprobs), arrived)
+        return await self._begun(asked, chat_job, ChatVoice, bool(asked.logprobs), arrived)
 
     async def embeddings(self, body: bytes, arrived: float) -> EmbeddingList:
         """Embed texts. `arrived` is a time of `time.monotonic`. Raises LineshaftError."""
         asked = read_embedding(body)
         self._check_model(asked.model)
         served = self.worker.model()
-        asks = await asyncio.to_thread(plan_embedding, asked, served.tokenizer, Room(served.engine.context_tokens, self.limits))
+        asks = await asyncio.to_thread(embedding_asks, asked, served.tokenizer, Room(served.engine.context_tokens, self.limits))
         clock = Deadline(arrived, self.limits.request_seconds)
         try:
             found = await clock.keep(self._embedded(asks, arrived))
@@ -74,7 +74,7 @@ class Service:
         asked = read_tokenize(body)
         self._check_model(asked.model)
         served = self.worker.model()
-        ids = await asyncio.to_thread(plan_tokens, asked, served.tokenizer)
+        ids = await asyncio.to_thread(token_ids, asked, served.tokenizer)
         texts = [served.tokenizer.token_text(number) or "" for number in ids] if asked.return_token_strs else None
         return Tokens(len(ids), served.engine.context_tokens, ids, texts)
 
@@ -91,38 +91,38 @@ class Service:
         arrived = time.monotonic()
         if path == "/v1/embeddings":
             return await self.embeddings(body, arrived)
-        exchange = await (self.chat if path == "/v1/chat/completions" else self.completion)(body, arrived)
+        pending = await (self.chat if path == "/v1/chat/completions" else self.completion)(body, arrived)
         try:
-            if exchange.streamed:
+            if pending.streamed:
                 raise RequestError('"stream" is not possible in a batch: leave it out', "stream")
-            return await exchange.whole()
+            return await pending.whole()
         finally:
-            exchange.close(self.worker.release)
+            pending.close(self.worker.release)
 
     async def _begun(
         self,
         asked: A,
-        plan_for: Callable[[A, Tokenizer, Room], Plan],
+        job_for: Callable[[A, Tokenizer, Room], Job],
         voice: Callable[[str, Names | None], Voice],
         logprobs: bool,
         arrived: float,
-    ) -> Exchange:
+    ) -> Pending:
         self._check_model(asked.model)
         served = self.worker.model()
         room = Room(served.engine.context_tokens, self.limits)
-        plan = await asyncio.to_thread(plan_for, asked, served.tokenizer, room)  # long prompts take a while
+        job = await asyncio.to_thread(job_for, asked, served.tokenizer, room)  # long prompts take a while
         names = await asyncio.to_thread(self._names_of, served.tokenizer) if logprobs else None
-        choices = self._submitted(plan, served.tokenizer, arrived)
-        return Exchange(voice(self.model, names), plan, choices, asked, Deadline(arrived, self.limits.request_seconds))
+        choices = self._submitted(job, served.tokenizer, arrived)
+        return Pending(voice(self.model, names), job, choices, asked, Deadline(arrived, self.limits.request_seconds))
 
-    def _submitted(self, plan: Plan, tokenizer: Tokenizer, arrived: float) -> list[Answering]:
+    def _submitted(self, job: Job, tokenizer: Tokenizer, arrived: float) -> list[Answering]:
         """Hand all prompts in, or none."""
         choices: list[Answering] = []
         try:
-            for place, ask in enumerate(plan.asks):
-                echo = Echo(plan.echoes[place], ask.prompt, plan.silent) if plan.echoes else None
+            for place, ask in enumerate(job.asks):
+                echo = Echo(job.echoes[place], ask.prompt, job.silent) if job.echoes else None
                 for ticket in self.worker.submit(ask, arrived):
-                    choices.append(Answering(ticket, Telling(len(choices), tokenizer, plan.stops, echo)))
+                    choices.append(Answering(ticket, Telling(len(choices), tokenizer, job.stops, echo)))
         except LineshaftError:
             for choice in choices:
                 self.worker.release(choice.ticket)

@@ -18,7 +18,7 @@ MAX_STOP_CHARACTERS = 256
 MAX_BIASES = 1024
 
 Count = Annotated[int, Meta(ge=1, le=_LARGEST)]
-CountOrNone = Annotated[int, Meta(ge=0, le=_LARGEST)]
+CountFromZero = Annotated[int, Meta(ge=0, le=_LARGEST)]
 TokenId = Annotated[int, Meta(ge=0, le=_LARGEST)]
 Ids = Annotated[list[TokenId], Meta(min_length=1)]
 Text = Annotated[str, Meta(min_length=1)]
@@ -45,7 +45,7 @@ class Asked(Struct, forbid_unknown_fields=True, kw_only=True):
     model: str
     n: Count | None = None
     """Answers to each prompt. Default 1."""
-    max_tokens: CountOrNone | None = None
+    max_tokens: CountFromZero | None = None
     """Most tokens of an answer. 0 is for completions with `echo` only."""
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     """0 is greedy. Default 1."""

@@ -29,7 +29,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Job:
     """What the engine is to do for a request for text, and how the answers are to be told. Choices are numbered prompt by prompt."""
 
     asks: list[Ask]
@@ -43,23 +43,23 @@ class Plan:
     """Only the prompt is wanted: the one token that the engine makes anyway is not told."""
 
 
-def plan_completion(asked: CompletionAsked, tokenizer: Tokenizer, room: Room) -> Plan:
+def completion_job(asked: CompletionAsked, tokenizer: Tokenizer, room: Room) -> Job:
     """Raises RequestError or TooLong."""
     given = _separate(asked.prompt, "prompt")
     prompts = [_ids(item, tokenizer, "prompt") for item in given]
     asks = _asks(asked, prompts, COMPLETION_TOKENS, asked.max_tokens, tokenizer, room, asked.logprobs)
     counted = sum(map(len, prompts))
     if not asked.echo:
-        return Plan(asks, _stops(asked), counted)
+        return Job(asks, _stops(asked), counted)
     echoes = [item if isinstance(item, str) else tokenizer.decode(item) for item in given]
     if asked.logprobs is not None:
         copies = asked.n or 1
         asks = [single for ask in asks for single in _scored(ask)]
         echoes = [text for text in echoes for _ in range(copies)]
-    return Plan(asks, _stops(asked), counted, echoes, silent=asked.max_tokens == 0)
+    return Job(asks, _stops(asked), counted, echoes, silent=asked.max_tokens == 0)
 
 
-def plan_chat(asked: ChatAsked, tokenizer: Tokenizer, room: Room) -> Plan:
+def chat_job(asked: ChatAsked, tokenizer: Tokenizer, room: Room) -> Job:
     """Raises RequestError or TooLong."""
     prompt = chat_ids(asked.messages, tokenizer, add_generation_prompt=True)
     if not prompt:
@@ -69,10 +69,10 @@ def plan_chat(asked: ChatAsked, tokenizer: Tokenizer, room: Room) -> Plan:
         raise RequestError('"max_tokens" and "max_completion_tokens" differ: send one', "max_completion_tokens")
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
     asks = _asks(asked, [prompt], room.context_tokens, both.pop() if both else None, tokenizer, room, logprobs)
-    return Plan(asks, _stops(asked), len(prompt))
+    return Job(asks, _stops(asked), len(prompt))
 
 
-def plan_embedding(asked: EmbeddingAsked, tokenizer: Tokenizer, room: Room) -> list[Ask]:
+def embedding_asks(asked: EmbeddingAsked, tokenizer: Tokenizer, room: Room) -> list[Ask]:
     """An ask for each text. Raises RequestError or TooLong."""
     given = _separate(asked.input, "input")
     if len(given) > room.limits.max_inputs:
@@ -86,7 +86,7 @@ def plan_embedding(asked: EmbeddingAsked, tokenizer: Tokenizer, room: Room) -> l
     return [Ask(prompt, Sampling(max_tokens=1), task="embed") for prompt in prompts]
 
 
-def plan_tokens(asked: TextToTokenize | ChatToTokenize, tokenizer: Tokenizer) -> list[int]:
+def token_ids(asked: TextToTokenize | ChatToTokenize, tokenizer: Tokenizer) -> list[int]:
     """The ids of a text or of a conversation. Raises RequestError."""
     if isinstance(asked, TextToTokenize):
         ids, special = tokenizer.encode(asked.prompt), asked.add_special_tokens is not False

@@ -12,7 +12,7 @@ from msgspec import UNSET
 
 from lineshaft.base.errors import LineshaftError
 from lineshaft.serve.answer import Answering, Chorus, Piece
-from lineshaft.serve.plan import Plan
+from lineshaft.serve.job import Job
 from lineshaft.serve.refusals import error_answer, took_too_long
 from lineshaft.serve.replies import Answer, Usage
 from lineshaft.serve.voice import Voice
@@ -58,16 +58,16 @@ class Deadline:
             self._waiting.cancel()
 
 
-class Exchange:
+class Pending:
     """A request for text that the engine works on. Whoever has one must close it."""
 
-    def __init__(self, voice: Voice, plan: Plan, choices: Sequence[Answering], asked: Asked, clock: Deadline) -> None:
-        """Choices are numbered as in the plan; `clock`: until when they must be complete."""
+    def __init__(self, voice: Voice, job: Job, choices: Sequence[Answering], asked: Asked, clock: Deadline) -> None:
+        """Choices are numbered as in the job; `clock`: until when they must be complete."""
         self.streamed = bool(asked.stream)
         options = asked.stream_options
         self._counted = bool(options and options.include_usage)
         self._always_counted = bool(options and options.continuous_usage_stats)
-        self._voice, self._prompt_tokens, self._choices = voice, plan.prompt_tokens, choices
+        self._voice, self._prompt_tokens, self._choices = voice, job.prompt_tokens, choices
         self._chorus = Chorus(choices)
         self._clock = clock
         self._first: list[Piece] = []
