@@ -16,7 +16,7 @@ from lineshaft.base.config import flatten
 from lineshaft.base.errors import LineshaftError
 from lineshaft.base.store import Store
 from lineshaft.base.terminal import say
-from lineshaft.cli import benching, checking, serving, showing
+from lineshaft.cli import batching, benching, checking, serving, showing
 from lineshaft.cli.options import DEFAULT_STORE, INTERRUPTED, JsonOption, SetOption, StoreOption, ToldStop
 from lineshaft.cli.stages import add_stage_commands
 from lineshaft.pipeline.recipe import Recipe, Sourced, read_recipe
@@ -82,6 +82,7 @@ def schema() -> None:
     print(json.dumps(Recipe.model_json_schema(), indent=1, ensure_ascii=False))
 
 
+app.command(name="batch")(batching.batch)
 app.command(name="check")(checking.check)
 app.command(name="bench")(benching.bench_command)
 app.command(name="serve")(serving.serve)

@@ -47,7 +47,7 @@ class Scheduler:
             need = group.most_pages(first.limit - 1, self.config.step_tokens, self.page_tokens)
             if need > pool.pages:
                 raise CacheFull(need, pool.pages)
-        if len(self.waiting) + len(requests) > self.config.max_waiting:
+        if self.waiting and len(self.waiting) + len(requests) > self.config.max_waiting:  # many copies may come alone
             raise QueueFull(len(self.waiting))
         for request in requests:
             self._wait(request)
