@@ -48,6 +48,7 @@ class RemoteEngine:
                 run,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                stdout=2,  # what a library may print belongs to the log; our stdout may be what a parent reads
                 process_group=0,  # Ctrl-C in a terminal is for the server alone, which drains
             )
         self._channel = Channel(ours, ToServer)
