@@ -1,11 +1,9 @@
-"""`lineshaft`: every command, and the one place where our errors become messages and exit codes."""
+"""`lineshaft`: every command."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +11,11 @@ import typer
 from rich.console import Console
 
 from lineshaft.base.config import flatten
-from lineshaft.base.errors import LineshaftError
 from lineshaft.base.store import Store
 from lineshaft.base.terminal import say
 from lineshaft.cli import batching, benching, checking, serving, showing
-from lineshaft.cli.options import DEFAULT_STORE, INTERRUPTED, JsonOption, SetOption, StoreOption, ToldStop
+from lineshaft.cli.ending import run_app
+from lineshaft.cli.options import DEFAULT_STORE, JsonOption, SetOption, StoreOption
 from lineshaft.cli.stages import add_stage_commands
 from lineshaft.pipeline.recipe import Recipe, Sourced, read_recipe
 from lineshaft.pipeline.run import run as run_recipe
@@ -92,22 +90,8 @@ add_stage_commands(app)
 
 
 def main() -> None:
-    """Entry point. Our errors end with their message and code; anything else is a defect of ours and shows its traceback."""
-    try:
-        try:
-            app(prog_name="lineshaft")
-        finally:
-            sys.stdout.flush()  # here and not at the interpreter's end, where nobody could catch what goes wrong
-    except LineshaftError as error:
-        say(f"lineshaft: {error}")
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except SystemExit as end:
-        if end.code == INTERRUPTED and not isinstance(end, ToldStop):
-            say("lineshaft: stopped; what was finished is kept, and the same command goes on from there")
-        raise
+    """Entry point of `python -m lineshaft.cli.main`, with every command."""
+    run_app(app)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from lineshaft.base.errors import ConfigError, NotFound
 from lineshaft.base.store import Store
 from lineshaft.cli.options import DEFAULT_STORE, StoreOption
 from lineshaft.engine.config import EngineConfig
-from lineshaft.pipeline.run import reopened
+from lineshaft.pipeline.reopen import reopened
 from lineshaft.serve.server import ServeConfig, run_server
 
 SECTIONS = ("server", "engine")

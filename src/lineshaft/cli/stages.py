@@ -29,7 +29,7 @@ from lineshaft.data.tokens import TOKENIZE
 from lineshaft.evaluate.stage import EVALUATE
 from lineshaft.model.adopt import ADOPT, ADOPT_TOKENIZER, AdoptConfig, AdoptTokenizerConfig
 from lineshaft.pipeline.recipe import assign
-from lineshaft.pipeline.run import reopened
+from lineshaft.pipeline.reopen import reopened
 from lineshaft.train.finetune import FINETUNE
 from lineshaft.train.stage import PRETRAIN
 

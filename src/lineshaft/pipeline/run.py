@@ -11,9 +11,7 @@ from lineshaft.pipeline.graph import plan
 from lineshaft.pipeline.outcome import Node, Outcome
 from lineshaft.pipeline.page.page import write_page
 from lineshaft.pipeline.recipe import Recipe
-
-LARGE = (".parquet", ".bin", ".starts", ".safetensors")
-"""Payload files that a run itself never reads."""
+from lineshaft.pipeline.reopen import reopened
 
 
 def run(store: Store, recipe: Recipe) -> Outcome:
@@ -34,19 +32,6 @@ def run(store: Store, recipe: Recipe) -> Outcome:
         nodes.append(Node(step.name, made[step.name], ready is not None, 0.0 if ready else time.monotonic() - started))
     store.set_ref(recipe.name, made.get("compress", made["train"]).id)
     return Outcome(recipe.name, recipe.train.seed, nodes)
-
-
-def reopened(store: Store, artifact_id: str) -> Artifact | None:
-    """The finished artifact, or None. Raises Corrupt when a file that a run looks into by itself is damaged.
-
-    Documents, tokens and weights may be terabytes and are only looked at by their size: stages and the server check them
-    before they work from them.
-    """
-    found = store.find(artifact_id)
-    if found is None:
-        return None
-    names = [item.name for item in [*found.manifest.files, *found.manifest.aside_files]]
-    return store.open(artifact_id, lazy=frozenset(name for name in names if name.endswith(LARGE)))
 
 
 def write_report(store: Store, recipe: Recipe, outcome: Outcome) -> Path:

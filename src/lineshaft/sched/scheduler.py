@@ -214,7 +214,7 @@ class Scheduler:
 
     def _beginning(self, request: Request) -> tuple[list[list[int]], int]:
         """Pages that hold the beginning of its text already, for each group, and how many tokens of it they hold."""
-        if (parent := request.parent) is not None:
+        if (parent := request.parent) is not None and not request.reads_all:
             length = request.prompt_tokens - 1  # the last token is run again, for its logits
             found = [self._parents_pages(group, table, length) for group, table in zip(self.groups, parent.tables, strict=True)]
             tables = [table for table in found if table is not None]

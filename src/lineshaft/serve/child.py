@@ -8,10 +8,12 @@ of the socket, tells everybody, and starts another.
 from __future__ import annotations
 
 import ctypes
+import os
 import select
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,9 +32,9 @@ _SET_PARENT_DEATH_SIGNAL = 1
 
 
 def serve_engine(channel: Channel, load: Callable[[Orders], tuple[Engine, Ready]]) -> None:
-    """Load what is ordered and work for the other end of the channel until it closes. Raises what the engine raises."""
+    """Load what is ordered and work for the other end of the channel until it closes, or until the engine raises."""
     orders = _next(channel)
-    if not isinstance(orders, Orders):
+    if not isinstance(orders, Orders) or orders.parent not in (os.getppid(), os.getpid()):  # the second: a thread of a test
         return
     try:
         engine, ready = load(orders)
@@ -40,7 +42,13 @@ def serve_engine(channel: Channel, load: Callable[[Orders], tuple[Engine, Ready]
         channel.send(Failed(type(error).__name__, str(error)))
         return
     channel.send(ready)
-    _Service(channel, engine).run()
+    try:
+        _Service(channel, engine).run()
+    except OSError:  # the server has gone, and hears nothing any more
+        raise
+    except Exception as error:  # whatever it was, the engine's state can't be trusted any more: the process ends
+        traceback.print_exc(file=sys.stderr)
+        channel.send(Failed(type(error).__name__, ""))  # its text may hold what was asked
 
 
 class _Service:
@@ -52,26 +60,28 @@ class _Service:
         """Our engine's number to the server's."""
         self._ours: dict[int, int] = {}
         self._refused: list[Refused] = []
+        self._news = False
+        """Something to tell also when there is no step to run: a refusal, or pages that were freed."""
 
     def run(self) -> None:
         while self._take_in():
             events = [told for event in self._engine.step() if (told := self._renumbered(event)) is not None]
-            if events or self._refused:
-                self._channel.send(Step([*self._refused, *events], self._engine.load_now()))
-                self._refused = []
+            self._channel.send(Step([*self._refused, *events], self._engine.load_now()))
+            self._refused, self._news = [], False
 
     def _take_in(self) -> bool:
         """Carry out what has come; waits for something when there is nothing to do. False when the server has gone."""
         while True:
             while (message := self._channel.buffered()) is not None:
                 self._obey(message)
-            waits = self._engine.idle and not self._refused
+            waits = self._engine.idle and not self._news
             if not waits and not select.select([self._channel.socket], [], [], 0)[0]:
                 return True
             if not self._channel.fill():
                 return False
 
     def _obey(self, message: ToEngine) -> None:
+        self._news = True
         if isinstance(message, Submit):
             try:
                 numbers = self._engine.submit(message.ask())
@@ -110,14 +120,16 @@ def load_engine(orders: Orders) -> tuple[Engine, Ready]:
     return loading.loaded(Path(orders.folder), load_config(EngineConfig, orders.engine))
 
 
-def main() -> int:
-    """Work for the server at the other end of the socket that is file descriptor sys.argv[1]."""
+def main(load: Callable[[Orders], tuple[Engine, Ready]] = load_engine) -> int:
+    """Work for the server at the other end of the socket whose file descriptor is the last argument."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too, and is the server's to answer
-    with socket.socket(fileno=int(sys.argv[1])) as connection:
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, or systemd, may reach the whole group; how to end is the server's to say
+        signal.signal(number, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[-1])) as connection:
+        connection.set_inheritable(False)  # held by a process that we start, it would hide our death
         try:
-            serve_engine(Channel(connection, ToEngine), load_engine)
+            serve_engine(Channel(connection, ToEngine), load)
         except (BrokenPipeError, ConnectionResetError):
             say("the server has gone; its engine process ends")
     return 0

@@ -28,6 +28,8 @@ class Orders(msgspec.Struct, tag=True):
 
     folder: str
     engine: dict[str, Any]
+    parent: int
+    """The server's process; one that finds itself with another parent has been left alone before it could notice."""
 
 
 class Submit(msgspec.Struct, tag=True):
@@ -68,15 +70,15 @@ class Ready(msgspec.Struct, tag=True):
 
 
 class Failed(msgspec.Struct, tag=True):
-    """The model could not be loaded."""
+    """The model could not be loaded, or a step raised; the process ends."""
 
     error: str
-    """Name of the class in base/errors.py."""
+    """Name of the class: of loading one in base/errors.py, of a step any."""
     message: str
 
 
 class Step(msgspec.Struct, tag=True):
-    """What one step gave, and how busy the engine is after it."""
+    """What one step gave, and how busy the engine is after it. One for each step, also when it gave nothing: silence means trouble."""
 
     events: list[Started | Emitted | PromptScored | Pooled | Refused]
     load: Load
@@ -94,12 +96,14 @@ class Channel:
         self._decoder = msgspec.msgpack.Decoder(kind)
         self._buffer = bytearray()
 
-    def send(self, message: ToEngine | ToServer) -> None:
-        """Raises OSError when the other end has gone."""
+    def send(self, message: ToEngine | ToServer, seconds: float | None = None) -> None:
+        """Raises OSError when the other end has gone, or has taken nothing for `seconds` (None: that is waited for)."""
         body = msgspec.msgpack.encode(message)
         rest = memoryview(len(body).to_bytes(_HEAD, "big") + body)
         while rest:  # both ends may be sending: who can't go on takes in what has come, or they would wait for each other
-            readable, writable, _ = select.select([self.socket], [self.socket], [])
+            readable, writable, _ = select.select([self.socket], [self.socket], [], seconds)
+            if not readable and not writable:
+                raise TimeoutError("the other process does not take in what it is sent")
             if readable and not self.fill():
                 raise BrokenPipeError("the other process has closed the connection")
             if writable:

@@ -5,6 +5,7 @@ Its death, however it comes, is an EngineError from `step`; the worker then fail
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import subprocess
@@ -21,8 +22,11 @@ from lineshaft.sched.load import Load
 from lineshaft.sched.request import Ask, Event, ends
 from lineshaft.serve.frames import Cancel, Channel, Failed, Orders, Ready, Step, Submit, ToServer, revived
 
-_END_SECONDS = 5.0
-"""How long the process may take to end by itself when the socket is closed."""
+_STRANGE = "it sent a frame that does not belong here"
+_LAST_WORDS_S = 0.5
+"""From the end of its socket to its own; its status is worth so long a wait."""
+_END_SECONDS = 1.0
+"""How long the process may take to end by itself when the socket is closed. It keeps nothing, so it may as well be killed."""
 
 
 class RemoteEngine:
@@ -41,23 +45,30 @@ class RemoteEngine:
         with theirs:
             run = [*(command or [sys.executable, "-m", "lineshaft.serve.child"]), str(theirs.fileno())]
             self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                run, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                run,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what a library may print belongs to the log; our stdout may be what a parent reads
+                process_group=0,  # Ctrl-C in a terminal is for the server alone, which drains
             )
         self._channel = Channel(ours, ToServer)
         self._numbers = count(1)
         self._live: set[int] = set()
         self._load = Load()
-        self._channel.send(Orders(str(folder.resolve()), config.model_dump()))
+        self._heard = time.monotonic()
+        """When it last said something, or got work after it had none."""
+        self._channel.send(Orders(str(folder.resolve()), config.model_dump(), os.getpid()))
 
     def wait_ready(self) -> Ready:
         """Wait until the model is loaded. Raises what loading raised, or EngineError when the process ended."""
-        while (message := self._channel.buffered()) is None:
+        while (message := self._buffered()) is None:
             if not self._fill():
                 raise self._death()
         if isinstance(message, Failed):
             self.close()
             raise revived(message.error, message.message)
-        assert isinstance(message, Ready)
+        if not isinstance(message, Ready):
+            raise self._death(_STRANGE)
         self.ready = message
         return message
 
@@ -73,6 +84,8 @@ class RemoteEngine:
 
     def submit(self, ask: Ask) -> list[int]:
         """Hand a request over; returns a number for each copy. What the engine thinks of it comes from `step`."""
+        if self.idle:
+            self._heard = time.monotonic()
         numbers = [next(self._numbers) for _ in range(ask.copies)]
         self._send(Submit.of(numbers, ask))
         self._live.update(numbers)
@@ -85,11 +98,13 @@ class RemoteEngine:
             self._send(Cancel(request))
 
     def step(self) -> Sequence[Event]:
-        """Wait for what the engine's next step gave, or until `wake`. Raises EngineError when the process has ended or hangs."""
-        silent_until = time.monotonic() + self._stall_seconds
-        while (message := self._channel.buffered()) is None:
-            sources = [self._channel.socket, self._woken]
-            readable = select.select(sources, [], [], max(0.0, silent_until - time.monotonic()))[0]
+        """Wait for what the engine's next step gave, or until `wake`. Raises EngineError when the process has ended or hangs.
+
+        To be called also when the engine is idle: its death is noticed here.
+        """
+        while (message := self._buffered()) is None:
+            left = None if self.idle else max(0.0, self._heard + self._stall_seconds - time.monotonic())
+            readable = select.select([self._channel.socket, self._woken], [], [], left)[0]
             if self._woken in readable:
                 self._woken.recv(1 << 16)
                 return []
@@ -97,8 +112,11 @@ class RemoteEngine:
                 raise self._death(f"it said nothing for {self._stall_seconds:g} s")
             if not self._fill():
                 raise self._death()
+        if isinstance(message, Failed):
+            raise self._death(message.error)
         if not isinstance(message, Step):
-            raise self._death("it sent a frame that does not belong here")
+            raise self._death(_STRANGE)
+        self._heard = time.monotonic()
         self._load = message.load
         told = [event for event in message.events if event.request in self._live]  # not of those that were cancelled meanwhile
         self._live -= {event.request for event in told if ends(event)}
@@ -125,9 +143,18 @@ class RemoteEngine:
 
     def _send(self, message: Submit | Cancel) -> None:
         try:
-            self._channel.send(message)
+            self._channel.send(message, self._stall_seconds)
+        except TimeoutError as error:
+            raise self._death(str(error)) from None
         except OSError:
             raise self._death() from None
+
+    def _buffered(self) -> ToServer | None:
+        try:
+            message: ToServer | None = self._channel.buffered()
+        except EngineError as error:
+            raise self._death(str(error)) from None
+        return message
 
     def _fill(self) -> bool:
         try:
@@ -136,7 +163,9 @@ class RemoteEngine:
             return False
 
     def _death(self, why: str | None = None) -> EngineError:
-        """Make sure that the process has ended, and say how."""
+        """Make sure that the process has ended, and say how. Without a `why` it closed the socket, and ends by itself as a rule."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.0 if why else _LAST_WORDS_S)
         self.process.kill()
         self._channel.socket.close()
         status = self.process.wait()

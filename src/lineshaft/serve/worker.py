@@ -89,6 +89,7 @@ class Worker:
         self._served: Served | None = None
         """The latest; it stays while another is being loaded, whose context and tokenizer are the same."""
         self._fruitless = 0
+        self._loading = True
         self.failure: Exception | None = None
         """Why loading failed; the server can't go on after that."""
         self._ledger = Ledger(metrics, lambda: self._waiting)
@@ -164,7 +165,8 @@ class Worker:
 
     async def join(self, seconds: float) -> None:
         """Wait for the thread to end, at most so long: a model that is still loading is not waited for."""
-        await asyncio.to_thread(self._thread.join, seconds)
+        if not self._loading:
+            await asyncio.to_thread(self._thread.join, seconds)
 
     def _notify(self) -> None:
         """Let the thread look, also when it waits for an engine elsewhere. Call it with the lock held."""
@@ -187,7 +189,9 @@ class Worker:
         """Load an engine and work with it until the server stops or the engine raises."""
         began = time.monotonic()
         again = self._served is not None
-        self._served = self._load()
+        self._loading = True
+        served = self._load()
+        self._loading, self._served = False, served
         self._ledger.loaded(again)
         self._ledger.engine_process = getattr(getattr(self._served.engine, "process", None), "pid", None)
         self._become("ready")
@@ -224,18 +228,20 @@ class Worker:
         return not_ready(_REASONS.get(self._state, _REASONS["loading"]))
 
     def _work(self, engine: Engine) -> None:
+        attentive = hasattr(engine, "wake")  # one elsewhere: its `step` waits by itself, and notices when its process dies idle
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._state == "stopped" or self._inbox or self._cancelled or not engine.idle)
+                self._changed.wait_for(lambda: attentive or self._state == "stopped" or self._inbox or self._cancelled or not engine.idle)
                 if self._state == "stopped":
                     return
                 cancelled, self._cancelled = self._cancelled, []
             self._admit(engine)
             self._cancel(engine, cancelled)
+            before = engine.load_now()
             told = engine.step()
-            if told:
+            if told or engine.load_now().step_began != before.step_began:
                 self._fruitless = 0
-                self._hand_out(told, engine, time.monotonic())
+            self._hand_out(told, engine, time.monotonic())
 
     def _admit(self, engine: Engine) -> None:
         while self._inbox:
