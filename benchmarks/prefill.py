@@ -29,8 +29,8 @@ from lineshaft.model.attend import PackedCausal
 from lineshaft.model.checkpoint import load_checkpoint
 from lineshaft.model.cost import cost_of
 from lineshaft.model.decoder import Decoder
+from lineshaft.sched.plan import Chunk, Plan
 from lineshaft.sched.request import Request, Sampling
-from lineshaft.sched.scheduler import Chunk, Plan
 
 SHAPE = {
     "hidden_size": 1280,
@@ -56,11 +56,12 @@ def packed(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
         return model.logits(model.hidden(tokens, torch.arange(len(tokens)), attend)[-1:])
 
 
-def paged(model: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+def paged(model: Decoder, tokens: torch.Tensor, steady: bool = True) -> torch.Tensor:
     pages = -(-len(tokens) // PAGE)
-    cache = PagedCache(model.config, pages, PAGE, model.model.embed_tokens.weight.dtype)
-    request = Request(0, len(tokens), Sampling(max_tokens=1), frozenset(), tokens.tolist(), pages=list(range(pages)))
-    return Runner(model, cache).run(Plan([Chunk(request, 0, len(tokens))]))
+    cache = PagedCache(model.config, [pages], PAGE, model.model.embed_tokens.weight.dtype)
+    request = Request(0, len(tokens), Sampling(max_tokens=1), frozenset(), tokens.tolist(), tables=[list(range(pages))])
+    runner = Runner(model, cache, steady)
+    return runner.logits(runner.run(Plan([Chunk(request, 0, len(tokens))])), [len(tokens) - 1])
 
 
 def theirs(model: transformers.PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from lineshaft.base import catalogue, errors
 
 
 def test_no_metric_stands_twice_and_each_has_a_meaning() -> None:
-    listed = [*catalogue._REPORT, *catalogue._SERVER]
+    listed = [*catalogue._REPORT, *catalogue._SERVER, *catalogue._LOAD]
     assert len(catalogue.CATALOGUE) == len(listed)
     assert all(item.help and not item.help.endswith(".") for item in listed)
     with pytest.raises(KeyError):
@@ -32,6 +32,10 @@ def test_prometheus_takes_every_metric_of_the_server() -> None:
 def test_only_times_and_speeds_are_measured() -> None:
     for item in catalogue._REPORT:
         assert item.measured == (item.unit in ("s", "tokens/s", "USD") or item.name == "peak_memory_bytes"), item.name
+
+
+def test_what_a_load_generator_sees_is_always_measured() -> None:
+    assert all(item.measured and item.instrument == "value" for item in catalogue._LOAD)
 
 
 def test_the_tree_in_the_docstring_is_the_tree_in_the_code() -> None:

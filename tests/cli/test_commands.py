@@ -27,7 +27,7 @@ from lineshaft.pipeline.recipe import Recipe
 from lineshaft.records.report import read_report
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
-COMMANDS = ("run", "serve", "show", "verify", "check", "schema")
+COMMANDS = ("run", "serve", "bench", "show", "verify", "check", "schema")
 COMMANDS += ("data", "tokenizer", "tokens", "train", "finetune", "compress", "evaluate", "adopt")
 
 

@@ -43,6 +43,10 @@ SHAPES = {
         "attention": GroupedQueryAttention(**_GQA),
         "reach": [Window(window=6, global_tokens=3), Blocks(block=4, local_blocks=2, stride=3)],
     },
+    "qwen3_moe": {
+        "attention": GroupedQueryAttention(**_GQA, qk_norm=True),
+        "moe": MixtureOfExperts(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, scoring_func="softmax"),
+    },
     "qwen3": {"attention": GroupedQueryAttention(**_GQA, qk_norm=True), "tie_word_embeddings": True},
 }
 

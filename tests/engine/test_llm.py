@@ -15,8 +15,8 @@ from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.llm import LLM
 from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.decoder import Decoder
+from lineshaft.sched.admission import SchedulerConfig
 from lineshaft.sched.request import Sampling
-from lineshaft.sched.scheduler import SchedulerConfig
 
 GREEDY = Sampling(max_tokens=8, temperature=0, ignore_eos=True)
 

@@ -20,7 +20,7 @@ from lineshaft.model.decoder import Decoder
 from lineshaft.model.linear import Linear
 from lineshaft.ops import reference
 from lineshaft.ops.reach import Causal, Reach, Window
-from lineshaft.sched.scheduler import Chunk, Plan
+from lineshaft.sched.plan import Chunk, Plan
 
 Tiny = Callable[..., Decoder]
 Layer = Callable[[PagedAttend, list[slice]], Tensor]
@@ -40,8 +40,8 @@ def small_tiles() -> Iterator[None]:
 
 def in_chunks(cache: PagedCache, lengths: list[int], cuts: st.DataObject, layer: Layer) -> list[Tensor]:
     """Each document's output, from steps that take a few tokens of each; pages lie anywhere, in any order."""
-    pages = torch.randperm(cache.pages, generator=torch.Generator().manual_seed(1)).tolist()
-    requests = [SimpleNamespace(pages=[pages.pop() for _ in range(-(-length // cache.page_tokens))]) for length in lengths]
+    pages = torch.randperm(cache.pages[0], generator=torch.Generator().manual_seed(1)).tolist()
+    requests = [SimpleNamespace(tables=[[pages.pop() for _ in range(-(-length // cache.page_tokens))]]) for length in lengths]
     done, outs = [0] * len(lengths), [[] for _ in lengths]
     while done != lengths:
         sizes = [cuts.draw(st.integers(1, 9)) if at < length else 0 for at, length in zip(done, lengths, strict=True)]
@@ -100,7 +100,7 @@ def test_grouped_attention_is_dense_attention_under_the_mask(
     tiny: Tiny, reach: Reach, lengths: list[int], page: int, seed: int, cuts: st.DataObject
 ) -> None:
     q, k, v = randoms(lengths, seed, HEADS, WIDTH), randoms(lengths, seed + 1, KV, WIDTH), randoms(lengths, seed + 2, KV, WIDTH)
-    cache = PagedCache(tiny("mistral").config, 130, page, torch.float32)
+    cache = PagedCache(tiny("mistral").config, [130], page, torch.float32)
 
     def layer(paged: PagedAttend, rows: list[slice]) -> Tensor:
         return paged.gqa(0, row_of(q, rows), row_of(k, rows), row_of(v, rows), 0.4, reach)
@@ -117,7 +117,7 @@ def test_absorbed_latents_in_chunks_are_expanded_ones_in_one_go(
     tiny: Tiny, top_k: int | None, reach: Reach, lengths: list[int], page: int, seed: int, cuts: st.DataObject
 ) -> None:
     latents = Latents(lengths, seed, top_k)
-    cache = PagedCache(tiny("deepseek_v32" if top_k else "deepseek_v3").config, 130, page, torch.float32)
+    cache = PagedCache(tiny("deepseek_v32" if top_k else "deepseek_v3").config, [130], page, torch.float32)
     absorbed = in_chunks(cache, lengths, cuts, lambda paged, rows: latents.run(paged, rows, reach))
     for got, expected in zip(absorbed, latents.plain(reach), strict=True):
         assert (got - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
@@ -131,20 +131,20 @@ def test_no_token_of_a_chunk_sees_a_later_one(tiny: Tiny, reach: Reach) -> None:
         for part in (after.latent, after.rotated, after.key, after.index_q):
             part[0][12:] *= -3
         one, other = (
-            latents.run(PagedAttend(PagedCache(tiny(kind).config, 8, 3, torch.float32), plan_of(20, 3)), [slice(0, 20)], reach)
+            latents.run(PagedAttend(PagedCache(tiny(kind).config, [8], 3, torch.float32), plan_of(20, 3)), [slice(0, 20)], reach)
             for latents in (before, after)
         )
         assert (one[:12] - other[:12]).abs().max() <= (0 if top_k is None else 1e-5)
         assert (one[12:] - other[12:]).abs().min(0).values.max() > 1e-2
     q, k, v = randoms([20], 0, HEADS, WIDTH)[0], randoms([20], 1, KV, WIDTH)[0], randoms([20], 2, KV, WIDTH)[0]
-    cache = PagedCache(tiny("mistral").config, 8, 3, torch.float32)
+    cache = PagedCache(tiny("mistral").config, [8], 3, torch.float32)
     one = PagedAttend(cache, plan_of(20, 3)).gqa(0, q, k, v, 0.4, reach)
     k[12:], v[12:] = 5.0, -5.0
     assert torch.equal(PagedAttend(cache, plan_of(20, 3)).gqa(0, q, k, v, 0.4, reach)[:12], one[:12])
 
 
 def plan_of(last: int, page: int, first: int = 0) -> Plan:
-    return Plan([Chunk(SimpleNamespace(pages=list(range(-(-last // page)))), first, last)])
+    return Plan([Chunk(SimpleNamespace(tables=[list(range(-(-last // page)))]), first, last)])
 
 
 @pytest.mark.parametrize("context", [100, 900])
@@ -154,7 +154,7 @@ def test_a_decoding_step_reads_what_its_reach_holds_however_long_the_context(
     read: list[int] = []
     rows = reference.paged_rows
     monkeypatch.setattr(reference, "paged_rows", lambda pages, table, places: read.append(len(places)) or rows(pages, table, places))
-    cache = PagedCache(tiny("mistral").config, 60, 16, torch.float32)
+    cache = PagedCache(tiny("mistral").config, [60], 16, torch.float32)
     step = PagedAttend(cache, plan_of(context, 16, context - 1))
     q, k, v = randoms([1], 0, HEADS, WIDTH)[0], randoms([1], 1, KV, WIDTH)[0], randoms([1], 2, KV, WIDTH)[0]
     for reach, size in ((Window(window=9, global_tokens=3), 12), (Window(window=9), 9), (Causal(), context)):
@@ -162,6 +162,6 @@ def test_a_decoding_step_reads_what_its_reach_holds_however_long_the_context(
         assert read == [size, size]
         read.clear()
     latents = Latents([1], 0, 7)
-    cache = PagedCache(tiny("deepseek_v32").config, 60, 16, torch.float32)
+    cache = PagedCache(tiny("deepseek_v32").config, [60], 16, torch.float32)
     latents.run(PagedAttend(cache, plan_of(context, 16, context - 1)), [slice(0, 1)], Causal())
     assert read == [7]  # of the latents; every index key is read, through the table

@@ -110,7 +110,7 @@ def test_tokens_come_as_often_as_their_probability_says() -> None:
     values = torch.tensor([0.0, 1.0, 2.0, -1.0])
     request = Request(1, 1, Sampling(temperature=0.8, top_k=3, seed=4), frozenset(), [0])
     sampler, draws = Sampler(), 4000
-    seen = np.bincount([sampler(values[None], [request])[0] for _ in range(draws)], minlength=4) / draws
+    seen = np.bincount([sampler(values[None], [request])[0][0] for _ in range(draws)], minlength=4) / draws
     chances = truncated(values, request.sampling).numpy()
     assert seen[3] == 0
     assert (np.abs(seen - chances) < 4 * np.sqrt(chances * (1 - chances) / draws) + 1e-9).all()
@@ -122,7 +122,7 @@ def test_a_seed_restarts_with_each_request_and_belongs_to_it_alone() -> None:
     def draws(seeds: list[int | None]) -> list[list[int]]:
         sampler = Sampler()
         requests = [Request(number, 1, Sampling(seed=seed), frozenset(), [0]) for number, seed in enumerate(seeds)]
-        return [list(row) for row in zip(*(sampler(values[: len(seeds)], requests) for _ in range(8)), strict=True)]
+        return [list(row) for row in zip(*(sampler(values[: len(seeds)], requests)[0] for _ in range(8)), strict=True)]
 
     one, two = draws([3, -9])
     assert one == draws([3])[0]

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from toys import _SHAPE, TOYS
 
-from lineshaft.engine.cache import PagedCache, page_bytes
+from lineshaft.engine.cache import PagedCache, groups_of, page_bytes
 from lineshaft.model.attend import PackedCausal
 from lineshaft.model.config import LatentAttention, MixtureOfExperts, ModelConfig
 from lineshaft.model.cost import attention_flops, cost_of, products, score_width
@@ -86,10 +86,10 @@ def test_active_parameters_are_all_but_the_experts_not_chosen_and_the_layers_not
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_cache_holds_what_is_counted(name: str) -> None:
     config = SHAPES[name]
-    cache = PagedCache(config, pages=3, page_tokens=5, dtype=torch.bfloat16)
+    cache = PagedCache(config, pages=[3] * len(groups_of(config)), page_tokens=5, dtype=torch.bfloat16)
     held = [part for parts in cache.parts for part in parts]
-    assert sum(part.numel() for part in held) == 3 * 5 * cost_of(config).kv_numbers_per_token
-    assert sum(part.nbytes for part in held) == 3 * page_bytes(config, 5, torch.bfloat16)
+    assert sum(part.numel() for part in held) == (3 + 1) * 5 * cost_of(config).kv_numbers_per_token
+    assert sum(part.nbytes for part in held) == (3 + 1) * page_bytes(config, 5, torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", [name for name, config in SHAPES.items() if "v32" not in name])

@@ -22,7 +22,7 @@ from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.norm import RmsNorm
 from lineshaft.ops import reach
-from lineshaft.sched.request import Ask, Sampling
+from lineshaft.sched.request import Ask, Emitted, Sampling
 
 Get = Callable[[str], Theirs]
 ANSWER = 64
@@ -52,7 +52,7 @@ def answer_of(model: Decoder, start: list[int]) -> list[int]:
     engine.submit(Ask(start, Sampling(max_tokens=ANSWER, temperature=0, ignore_eos=True)))
     answer = []
     while not engine.idle:
-        answer += [emitted.token for emitted in engine.step()]
+        answer += [event.token for event in engine.step() if isinstance(event, Emitted)]
     return answer
 
 

@@ -16,6 +16,7 @@ from lineshaft.ops import cpu, reference, table
 def always_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "WIDE_ROWS", 1)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
 
 
 @pytest.mark.usefixtures("always_widened")
@@ -50,6 +51,7 @@ def test_it_is_widened_only_where_that_pays(
     rows: int, tiles: bool, dtype: torch.dtype, widened: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     seen: list[torch.dtype] = []
     monkeypatch.setattr(reference, "linear", lambda x, weight, bias: seen.append(x.dtype) or F.linear(x, weight, bias))
     x, weight = torch.randn(rows, 4).to(dtype), torch.randn(3, 4).to(dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 from lineshaft.ops import reference, table
 from lineshaft.ops.formats import Fp8Block, Int8
 from lineshaft.ops.reach import Causal, Reach
+from lineshaft.ops.steady import KEYS
 
 Arguments = tuple[object, ...]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -126,6 +127,31 @@ class Shapes:
         tensors, scale = self._latents(page, pages, tokens)
         return *tensors, places, self._any_mask(tokens, first + tokens), scale
 
+    def sigmoid(self) -> Arguments:
+        return (self.randn(self.size(6), self.size(70)) * 3,)
+
+    def by_head(self) -> Arguments:
+        tokens, heads, inner, outer = (self.size(9) for _ in range(4))
+        return self.randn(tokens, heads, inner), self.randn(heads, inner, outer)
+
+    def _tiles(self) -> tuple[int, int, int, int, Tensor, Tensor]:
+        """Page size, pages, tiles, queries, slots and what is seen."""
+        page, pages, tiles, queries, keys = self.size(5), self.size(9), self.size(3), self.size(5), KEYS * self.size(2)
+        slots = torch.randint(page * pages, (tiles, keys), generator=self.generator)
+        return page, pages, tiles, queries, slots, self._any_mask(tiles, queries, keys)
+
+    def tile_gqa(self) -> Arguments:
+        page, pages, tiles, queries, slots, seen = self._tiles()
+        heads, kv, width, _ = self._heads()
+        keys, values = self.randn(pages, page, kv, width), self.randn(pages, page, kv, width)
+        return self.randn(tiles, queries, heads, width), keys, values, slots, seen, width**-0.5
+
+    def tile_mla(self) -> Arguments:
+        page, pages, tiles, queries, slots, seen = self._tiles()
+        latent, rotary = self.size(17), 2 * self.size(4)
+        q, entries = self.randn(tiles, queries, self.size(4), latent + rotary), self.randn(pages, page, latent + rotary)
+        return q, entries, slots, seen, (latent + rotary) ** -0.5, latent
+
 
 @st.composite
 def arguments(draw: st.DrawFn, op: str, dtype: torch.dtype) -> Arguments:
@@ -147,6 +173,7 @@ KERNELS = [
     for device, kernels in table.BY_DEVICE.items()
     for op in kernels
 ]
+KERNELS += [pytest.param("cpu, steady", op) for op in table.STEADY]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,9 +182,11 @@ KERNELS = [
 @given(data=st.data())
 def test_every_kernel_does_what_its_reference_does(device: str, op: str, dtype: torch.dtype, data: st.DataObject) -> None:
     given_ = data.draw(arguments(op, dtype))
-    there = tuple(item.to(device) if isinstance(item, Tensor) else item for item in given_)
+    place = device.partition(",")[0]
+    there = tuple(item.to(place) if isinstance(item, Tensor) else item for item in given_)
     before = [item.clone() for item in there if isinstance(item, Tensor)]
-    got = getattr(table, op)(*there)
+    with table.steady(device != place):
+        got = getattr(table, op)(*there)
     assert got.dtype == given_[0].dtype
     assert close(got.cpu(), table.REFERENCE[op](*given_), dtype)
     after = [item for item in there if isinstance(item, Tensor)]
@@ -169,6 +198,9 @@ def test_every_op_can_be_called_and_every_device_has_every_op() -> None:
         assert kernels.keys() == table.REFERENCE.keys()
         assert table.chosen(device).keys() == table.REFERENCE.keys()
     assert all(callable(getattr(table, op)) and table.REFERENCE[op] is getattr(reference, op) for op in table.REFERENCE)
+    assert set(table.chosen("cpu").values()) == {"reference", "cpu"}
+    with table.steady():
+        assert set(table.chosen("cpu").values()) == {"reference", "steady"}
     assert set(table.chosen("cpu").values()) == {"reference", "cpu"}
 
 
@@ -211,6 +243,24 @@ def exact_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
 
 def exact_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return gate / (1 + (-gate).exp()) * up
+
+
+def exact_sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + (-x).exp())
+
+
+def exact_by_head(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.stack([x[:, head] @ weight[head] for head in range(len(weight))], 1)
+
+
+def exact_tile_gqa(q: Tensor, pages_k: Tensor, pages_v: Tensor, slots: Tensor, seen: Tensor, scale: float) -> Tensor:
+    page = pages_k.shape[1]
+    keys = [[torch.stack([pages[slot // page, slot % page] for slot in own.tolist()]) for own in slots] for pages in (pages_k, pages_v)]
+    return torch.stack([exact_attention(*tile, scale) for tile in zip(q, *keys, seen, strict=True)])
+
+
+def exact_tile_mla(q: Tensor, pages: Tensor, slots: Tensor, seen: Tensor, scale: float, latent: int) -> Tensor:
+    return exact_tile_gqa(q, pages[:, :, None], pages[:, :, None, :latent], slots, seen, scale)
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
@@ -261,6 +311,10 @@ EXACT: dict[str, Callable[..., Tensor]] = {
     "paged_gqa": exact_paged_gqa,
     "paged_mla": exact_paged_mla,
     "paged_chosen_mla": exact_paged_chosen_mla,
+    "sigmoid": exact_sigmoid,
+    "by_head": exact_by_head,
+    "tile_gqa": exact_tile_gqa,
+    "tile_mla": exact_tile_mla,
 }
 
 

@@ -16,7 +16,8 @@ from fake_engine import FakeEngine, tokenizer
 
 from lineshaft.serve.batch import BatchConfig, answer_file
 from lineshaft.serve.metrics import Metrics
-from lineshaft.serve.worker import Served, Worker
+from lineshaft.serve.served import Served
+from lineshaft.serve.worker import Worker
 
 MODEL = "fake-1"
 

@@ -8,6 +8,7 @@ from functools import cache
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lineshaft.sched.load import Load
 from lineshaft.sched.request import Ask, Emitted, Pooled, PromptScored, Score
 from lineshaft.text.tokenizer import Tokenizer
 
@@ -30,13 +31,6 @@ def tokenizer():
         [TEXT] * 3, trainers.BpeTrainer(vocab_size=320, special_tokens=["<bos>", "<eos>"], initial_alphabet=letters, show_progress=False)
     )
     return Tokenizer(library.to_str(), bos="<bos>", eos="<eos>", chat_template=TEMPLATE)
-
-
-@dataclass(frozen=True)
-class Busy:
-    running: int
-    waiting: int
-    cache_usage: float
 
 
 @dataclass
@@ -123,7 +117,7 @@ class FakeEngine:
 
     def load_now(self):
         running = min(self.slots, len(self.requests))
-        return Busy(running, len(self.requests) - running, running / self.slots)
+        return Load(running, len(self.requests) - running, running / self.slots, step_began=time.monotonic())
 
     def wait(self, until):
         """Block until `until(self)` is true."""

@@ -5,11 +5,11 @@ import sys
 from fake_engine import FakeEngine, tokenizer
 
 from lineshaft.base.errors import BadCheckpoint, LineshaftError
+from lineshaft.serve.served import Served
 from lineshaft.serve.server import ServeConfig, serve_until_stopped
-from lineshaft.serve.worker import Served
 
 
-def load():
+def load(_):
     if sys.argv[1] == "broken":
         raise BadCheckpoint("no weights here")
     return Served(FakeEngine(step_seconds=float(sys.argv[1])), tokenizer())

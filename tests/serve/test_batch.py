@@ -19,7 +19,8 @@ from lineshaft.base.errors import BadCheckpoint, ConfigError, SourceError
 from lineshaft.serve.batch import BatchConfig, answer_file, summary
 from lineshaft.serve.limits import Limits
 from lineshaft.serve.metrics import Metrics
-from lineshaft.serve.worker import Served, Worker
+from lineshaft.serve.served import Served
+from lineshaft.serve.worker import Worker
 
 SCRIPT = Path(__file__).with_name("fake_batch.py")
 
@@ -91,10 +92,10 @@ def test_what_the_server_would_refuse_is_refused_in_its_place(tmp_path):
 
 
 def test_more_than_the_queue_holds_are_all_answered(tmp_path):
-    source = written(tmp_path / "in.jsonl", [request(f"r{number}", n=32) for number in range(8)])
+    source = written(tmp_path / "in.jsonl", [request(f"r{number}", n=2) for number in range(24)])
 
     def worker():
-        return Worker(lambda: Served(FakeEngine(), tokenizer()), Metrics(MODEL), 2)
+        return Worker(lambda: Served(FakeEngine(), tokenizer()), Metrics(MODEL), 4)
 
     assert answer_file(worker, MODEL, source, tmp_path / "out.jsonl", BatchConfig()).refused == 0
 

@@ -15,7 +15,8 @@ from fake_engine import FakeEngine, tokenizer
 from lineshaft.serve.api import Api
 from lineshaft.serve.limits import Limits
 from lineshaft.serve.metrics import Metrics
-from lineshaft.serve.worker import Served, Worker
+from lineshaft.serve.served import Served
+from lineshaft.serve.worker import Worker
 
 MODEL = "fake-1"
 

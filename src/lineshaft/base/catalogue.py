@@ -33,6 +33,8 @@ class Metric:
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 
+_COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0, 32768.0)
+
 _REPORT = (
     Metric("loss_nats_per_token", "Mean cross-entropy of held-out tokens", "nats/token", "lower"),
     Metric("bits_per_byte", "Held-out cross-entropy over UTF-8 bytes of the text: comparable between tokenizers", "bits/byte", "lower"),
@@ -100,10 +102,57 @@ _SERVER = (
         ("model_name",),
         _LATENCY,
     ),
+    Metric(
+        "vllm:request_prefill_time_seconds", "From the first step to the first token", "s", "lower", "histogram", ("model_name",), _LATENCY
+    ),
+    Metric("vllm:request_decode_time_seconds", "From the first token to the last", "s", "lower", "histogram", ("model_name",), _LATENCY),
+    Metric("vllm:request_prompt_tokens", "Tokens of a prompt", "tokens", "neither", "histogram", ("model_name",), _COUNTS),
+    Metric("vllm:request_generation_tokens", "Tokens of an answer", "tokens", "neither", "histogram", ("model_name",), _COUNTS),
+    Metric("vllm:iteration_tokens_total", "Tokens run in a step", "tokens", "neither", "histogram", ("model_name",), _COUNTS),
+    Metric("vllm:num_preemptions", "Requests that had to give up their pages", "requests", "lower", "counter", ("model_name",)),
+    Metric("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache", "tokens", "neither", "counter", ("model_name",)),
+    Metric("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", "tokens", "higher", "counter", ("model_name",)),
+    Metric("lineshaft:batch_size", "Requests in a step", "requests", "neither", "histogram", ("model_name",), _COUNTS),
+    Metric("lineshaft:admission_limit", "Requests that may be worked on at once now", "requests", "neither", "gauge", ("model_name",)),
+    Metric("lineshaft:engine_busy_seconds", "Time in steps; its rate is the busy share", "s", "neither", "counter", ("model_name",)),
+    Metric("lineshaft:engine_restarts", "Engines started after the first", "engines", "lower", "counter", ("model_name",)),
+    Metric("lineshaft:model_weight_bytes", "Memory that the weights take", "bytes", "lower", "gauge", ("model_name",)),
+    Metric("lineshaft:bits_per_weight", "Bits of memory a parameter, scales included", "bits", "lower", "gauge", ("model_name",)),
+    Metric(
+        "lineshaft:kv_cache_bytes_per_token", "Cache that a token takes; / 1e9 for GB a token", "bytes", "lower", "gauge", ("model_name",)
+    ),
+    Metric("lineshaft:resident_memory_bytes", "Resident memory of a process: front or engine", "bytes", "lower", "gauge", ("process",)),
     Metric("lineshaft:http_errors", "Answers with an error status, by status", "responses", "lower", "counter", ("status",)),
 )
 
-CATALOGUE: Mapping[str, Metric] = {metric.name: metric for metric in (*_REPORT, *_SERVER)}
+_TIMES = {
+    "ttft": "Time from when a request was due to its first token",
+    "itl": "Time from one piece of text to the next, of all requests",
+    "tpot": "Time a token after the first, a request's mean",
+    "latency": "Time from when a request was due to the end of its answer",
+}
+_ENDS = {"mean": "mean", "p50": "median", "p90": "90 % stayed under it", "p99": "99 % stayed under it", "max": "longest"}
+
+_LOAD = (
+    *(
+        Metric(f"{family}_{end}_seconds", f"{meaning}: {words}", "s", "lower", measured=True)
+        for family, meaning in _TIMES.items()
+        for end, words in _ENDS.items()
+        if (family, end) not in {("latency", "p50"), ("latency", "p90"), ("latency", "p99")}  # a report has them
+    ),
+    Metric("offered_requests_per_second", "Requests that were due over the time in which they were", "requests/s", measured=True),
+    Metric("requests_per_second", "Requests answered over the whole time", "requests/s", "higher", measured=True),
+    Metric("output_tokens_per_second", "Tokens of the answered requests over the whole time", "tokens/s", "higher", measured=True),
+    Metric("goodput_share", "Share of requests answered within every limit of the SLO", "", "higher", measured=True),
+    Metric("goodput_requests_per_second", "Such requests over the whole time", "requests/s", "higher", measured=True),
+    Metric("send_lag_p99_seconds", "How late the load generator sent: 99 % stayed under it", "s", "lower", measured=True),
+    Metric("send_lag_max_seconds", "How late the load generator sent: longest", "s", "lower", measured=True),
+    Metric("client_lateness_p99_seconds", "How late the load generator woke up: 99 % stayed under it", "s", "lower", measured=True),
+    Metric("client_lateness_max_seconds", "How late the load generator woke up: longest", "s", "lower", measured=True),
+    Metric("max_rate_requests_per_second", "Highest rate at which the SLO was met", "requests/s", "higher", measured=True),
+)
+
+CATALOGUE: Mapping[str, Metric] = {metric.name: metric for metric in (*_REPORT, *_SERVER, *_LOAD)}
 
 
 def metric(name: str) -> Metric:

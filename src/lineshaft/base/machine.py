@@ -38,12 +38,16 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, the one other system we run on
 
 
-def resident_memory_bytes() -> int:
-    """Resident memory of this process now; its peak where the system does not tell (macOS)."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
+def resident_memory_bytes(process: int | None = None) -> int:
+    """Resident memory now of this process, or of another by its number (0 when that has ended).
+
+    Where the system does not tell (macOS): this process's peak, and 0 for others.
+    """
+    statm = Path(f"/proc/{'self' if process is None else process}/statm")
+    try:
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return peak_memory_bytes()
+    except (OSError, IndexError):  # the second: it ended while we read
+        return peak_memory_bytes() if process is None else 0
 
 
 def available_memory_bytes() -> int:

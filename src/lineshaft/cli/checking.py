@@ -17,7 +17,7 @@ from lineshaft.cli.serving import checkpoint_folder
 from lineshaft.compress.preflight import Compressing, judge_compressing
 from lineshaft.compress.stage import CompressConfig
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.loop import context_of
+from lineshaft.engine.pool import context_of
 from lineshaft.engine.preflight import Serving, judge_serving
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import attention_flops, cost_of
@@ -25,7 +25,7 @@ from lineshaft.model.fit import Verdict, told_bytes
 from lineshaft.model.folder import load_config
 from lineshaft.model.memory import ITEM, Stored, stored_in
 from lineshaft.model.operators import ops_used
-from lineshaft.ops.table import chosen
+from lineshaft.ops.table import chosen, steady
 from lineshaft.pipeline.recipe import read_recipe
 from lineshaft.train.preflight import Training, judge_training
 from lineshaft.train.stage import TrainConfig
@@ -134,7 +134,8 @@ def _shown(config: ModelConfig, stored: Stored, task: Task, verdict: Verdict, co
     }
     # What is compressed will be served: its kernels are those that count.
     used = ops_used(config, "int8" if task == "quantise" else stored.format, "train" if task == "train" else "serve")
-    origins = chosen("cpu")
+    with steady(task != "train"):  # as the engine runs them
+        origins = chosen("cpu")
     kernels = {op: origins[op] for op in used}
     return {
         "family": config.family,
@@ -175,7 +176,7 @@ def _told(shown: dict[str, Any]) -> str:
         *((f"  {name}", told_bytes(size)) for name, size in shown["memory"].items() if size),
         ("verdict", "fits" if shown["fits"] else "does not fit"),
         *([] if shown["fits"] else [("  change", shown["advice"])]),
-        ("kernels", f"{len(faster)} of {len(kernels)} ops have a faster one on {shown['device']}{listed}"),
+        ("kernels", f"{len(faster)} of {len(kernels)} ops have one of their own on {shown['device']}{listed}"),
         *([("  reference", ", ".join(op for op in kernels if op not in faster))] if len(faster) < len(kernels) else []),
     ]
     width = max(len(name) for name, _ in lines)

@@ -16,16 +16,13 @@ from lineshaft.base.config import flatten
 from lineshaft.base.errors import LineshaftError
 from lineshaft.base.store import Store
 from lineshaft.base.terminal import say
-from lineshaft.cli import batching, checking, serving, showing
-from lineshaft.cli.options import DEFAULT_STORE, JsonOption, SetOption, StoreOption
+from lineshaft.cli import batching, benching, checking, serving, showing
+from lineshaft.cli.options import DEFAULT_STORE, INTERRUPTED, JsonOption, SetOption, StoreOption, ToldStop
 from lineshaft.cli.stages import add_stage_commands
 from lineshaft.pipeline.recipe import Recipe, Sourced, read_recipe
 from lineshaft.pipeline.run import run as run_recipe
 from lineshaft.pipeline.run import write_report
 from lineshaft.pipeline.summary import print_summary, summary_json
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -87,6 +84,7 @@ def schema() -> None:
 
 app.command(name="batch")(batching.batch)
 app.command(name="check")(checking.check)
+app.command(name="bench")(benching.bench_command)
 app.command(name="serve")(serving.serve)
 app.command(name="show")(showing.show)
 app.command(name="verify")(showing.verify)
@@ -107,7 +105,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except SystemExit as end:
-        if end.code == INTERRUPTED:
+        if end.code == INTERRUPTED and not isinstance(end, ToldStop):
             say("lineshaft: stopped; what was finished is kept, and the same command goes on from there")
         raise
 

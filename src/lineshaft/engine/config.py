@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from lineshaft.base.config import Config
-from lineshaft.sched.scheduler import SchedulerConfig
+from lineshaft.sched.admission import SchedulerConfig
 
 
 class EngineConfig(Config):
@@ -21,8 +21,12 @@ class EngineConfig(Config):
     """Experts that a token uses; null: as many as the model was made for."""
     page_tokens: PositiveInt = 16
     """Tokens in a cache page. Larger pages waste tails; smaller ones cost look-ups."""
-    cache_bytes: PositiveInt = 512 << 20
-    """Most memory for the cache; less is taken when max_batch full contexts need less."""
+    cache_bytes: PositiveInt | None = None
+    """Most memory for the cache; less is taken when max_batch full contexts need less. Null: half of what the preflight finds left
+    beside weights and activations (an engine around a model that is loaded already: 512 MiB)."""
     max_context: PositiveInt | None = None
     """Most tokens of prompt and answer; null: what the model was made for."""
+    batch_invariant: bool = True
+    """A request's numbers are the same bits alone and in any company, in one go or in chunks, from the cache or not (on processors).
+    False: products and attention as fast as PyTorch has them, whose last bits depend on the batch."""
     scheduler: SchedulerConfig = SchedulerConfig()

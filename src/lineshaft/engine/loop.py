@@ -8,44 +8,53 @@ commit the tokens; requests that end leave, their pages are free
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 import torch
 
-from lineshaft.base.errors import ConfigError, RequestError, TooLong
-from lineshaft.engine.cache import PagedCache, page_bytes
+from lineshaft.base.errors import RequestError, TooLong
+from lineshaft.engine.cache import PagedCache
 from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.pool import context_of, pool_of
+from lineshaft.engine.preflight import check_room
+from lineshaft.engine.readings import Readings
 from lineshaft.engine.runner import Runner
 from lineshaft.engine.sampler import Sampler
 from lineshaft.model.checkpoint import load_checkpoint
-from lineshaft.model.config import ModelConfig
 from lineshaft.model.decoder import Decoder
 from lineshaft.sched.load import Load
 from lineshaft.sched.pages import PagePool
-from lineshaft.sched.request import Ask, Event, Request
+from lineshaft.sched.plan import Plan
+from lineshaft.sched.request import Ask, Event, Request, Started
 from lineshaft.sched.scheduler import Scheduler
 
 
 class Engine:
     """Continuous batching over one model. Not thread-safe: one thread owns it."""
 
-    def __init__(self, model: Decoder, config: EngineConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: Decoder, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock`: seconds; decides only how long a request has waited."""
+        self.model, self.config, self._clock = model, config, clock
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-        context, pages = context_of(model.config, config), cache_pages(model.config, config, dtype)
-        self.context_tokens = min(context, pages * config.page_tokens)
-        """Most tokens of prompt and answer: what the model was made for, max_context, or the whole cache, whichever is least."""
-        self._more_cache = "; a larger cache_bytes would allow more" if self.context_tokens < context else ""
-        self.scheduler = Scheduler(config.scheduler, PagePool(pages), config.page_tokens)
-        self.runner = Runner(model, PagedCache(model.config, pages, config.page_tokens, dtype))
-        self.sampler = Sampler()
+        pool = pool_of(model.config, config, dtype)
+        self.context_tokens = pool.context_tokens
+        """Most tokens of prompt and answer: what the model was made for, max_context, or what the cache holds, whichever is least."""
+        self._more_cache = "; a larger cache_bytes would allow more" if pool.context_tokens < context_of(model.config, config) else ""
+        cache = PagedCache(model.config, pool.pages, config.page_tokens, dtype)
+        self.scheduler = Scheduler(config.scheduler, cache.groups, [PagePool(pages) for pages in pool.pages], config.page_tokens)
+        self.runner = Runner(model, cache, config.batch_invariant)
+        self.sampler, self.readings = Sampler(), Readings()
         self._numbers = count(1)
+        self._last = Load()
 
     @classmethod
     def load(cls, folder: Path, config: EngineConfig) -> Engine:
-        """An engine for the checkpoint in a Hugging Face folder. Raises ModelError for what can't be served."""
+        """An engine for the checkpoint in a Hugging Face folder. Raises ModelError for what can't be served, DoesNotFit, ConfigError."""
+        config = check_room(folder, config)
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         return cls(load_checkpoint(folder, dtype=dtype, dequantise=config.dequantise, active_experts=config.active_experts), config)
 
@@ -54,40 +63,43 @@ class Engine:
 
         Raises RequestError for a prompt that is empty or holds ids outside the vocabulary, TooLong, CacheFull, QueueFull.
         """
-        prompt, sampling = ask.prompt, ask.sampling
-        vocabulary = self.model.config.vocab_size
-        if not prompt:
-            raise RequestError("the prompt is empty: it must hold at least one token", "prompt")
-        if bad := [token for token in prompt if not 0 <= token < vocabulary]:
-            raise RequestError(f"token id {bad[0]} is outside the vocabulary of {vocabulary}", "prompt")
-        if len(prompt) + sampling.max_tokens > self.context_tokens:
-            raise TooLong(
-                f"{len(prompt)} prompt tokens and {sampling.max_tokens} to produce exceed the context of {self.context_tokens} tokens: "
-                f"shorten the prompt or lower max_tokens{self._more_cache}",
-                "max_tokens" if len(prompt) < self.context_tokens else "prompt",
+        self._check(ask)
+        ends = frozenset() if ask.sampling.ignore_eos else frozenset(self.model.config.eos_token_ids)
+        stops = ends | frozenset(ask.sampling.stop_token_ids)
+        requests: list[Request] = []
+        for copy, number in zip(range(ask.copies), self._numbers, strict=False):
+            seed = ask.sampling.seed
+            sampling = ask.sampling if seed is None else ask.sampling.model_copy(update={"seed": _shifted(seed, copy)})
+            parent = requests[0] if requests else None
+            requests.append(
+                Request(
+                    number, len(ask.prompt), sampling, stops, list(ask.prompt), ask.task, ask.priority, parent=parent, arrived=self._clock()
+                )
             )
-        ends = frozenset() if sampling.ignore_eos else frozenset(self.model.config.eos_token_ids)
-        request = Request(next(self._numbers), len(prompt), sampling, ends | frozenset(sampling.stop_token_ids), list(prompt))
-        self.scheduler.submit(request)
-        return [request.number]
+        self.scheduler.submit(requests)
+        return [request.number for request in requests]
 
     def cancel(self, request: int) -> None:
         """Forget a request and free its pages now; a number that has ended already is ignored."""
         self.scheduler.cancel(request)
-        self.sampler.forget(request)
+        self._forget(request)
 
     def step(self) -> Sequence[Event]:
         """Plan, run, sample, commit: the whole engine. [] when there is nothing to do."""
-        plan = self.scheduler.plan()
+        began = self._clock()
+        plan = self.scheduler.plan(began)
         if not plan.chunks:
             return []
-        logits_RV = self.runner.run(plan)
-        tokens = self.sampler(logits_RV, plan.sampling)
-        emitted = self.scheduler.commit(plan, tokens)
+        hidden_TI = self.runner.run(plan)
+        read = self.readings.take(plan, hidden_TI, self.runner)
+        tokens, scores = self.sampler(self.runner.logits(hidden_TI, last_rows(plan)), plan.sampling)
+        emitted = self.scheduler.commit(plan, tokens, scores)
         for token in emitted:
             if token.finish is not None:
-                self.sampler.forget(token.request)
-        return emitted
+                self._forget(token.request)
+        busy = self._last.busy_seconds + self._clock() - began
+        self._last = Load(step_tokens=plan.tokens, step_requests=len(plan.chunks), step_began=began, busy_seconds=busy)
+        return [*(Started(request.number, cached) for request, cached in plan.started), *read, *emitted]
 
     @property
     def idle(self) -> bool:
@@ -96,19 +108,40 @@ class Engine:
 
     def load_now(self) -> Load:
         """How busy it is."""
-        pool = self.scheduler.pool
-        return Load(len(self.scheduler.running), len(self.scheduler.waiting), 1 - pool.free / pool.pages)
+        last = self._last
+        step = {"step_tokens": last.step_tokens, "step_requests": last.step_requests}
+        return replace(self.scheduler.load_now(), step_began=last.step_began, busy_seconds=last.busy_seconds, **step)
+
+    def _forget(self, number: int) -> None:
+        self.sampler.forget(number)
+        self.readings.forget(number)
+
+    def _check(self, ask: Ask) -> None:
+        prompt, most, vocabulary = ask.prompt, ask.sampling.max_tokens, self.model.config.vocab_size
+        if not prompt:
+            raise RequestError("the prompt is empty: it must hold at least one token", "prompt")
+        if bad := [token for token in prompt if not 0 <= token < vocabulary]:
+            raise RequestError(f"token id {bad[0]} is outside the vocabulary of {vocabulary}", "prompt")
+        if bad := [token for token in ask.sampling.logit_bias if not 0 <= token < vocabulary]:
+            raise RequestError(f"token id {bad[0]} is outside the vocabulary of {vocabulary}", "logit_bias")
+        if len(prompt) + most > self.context_tokens:
+            raise TooLong(
+                f"{len(prompt)} prompt tokens and {most} to produce exceed the context of {self.context_tokens} tokens: "
+                f"shorten the prompt or lower max_tokens{self._more_cache}",
+                "max_tokens" if len(prompt) < self.context_tokens else "prompt",
+            )
 
 
-def context_of(model: ModelConfig, config: EngineConfig) -> int:
-    """Most tokens of prompt and answer that the settings allow, if the cache holds them."""
-    return min(config.max_context or model.max_position_embeddings, model.max_position_embeddings)
+def last_rows(plan: Plan) -> list[int]:
+    """The rows of the packed step whose logits choose a token, in the order of `plan.sampling`."""
+    rows, row = [], -1
+    for chunk in plan.chunks:
+        row += chunk.last - chunk.first
+        if chunk.ends and chunk.request.task != "embed":
+            rows.append(row)
+    return rows
 
 
-def cache_pages(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> int:
-    """Pages that cache_bytes allows, or fewer when that many could never be used at once. ConfigError when it is not even one."""
-    wanted = config.scheduler.max_batch * -(-context_of(model, config) // config.page_tokens)
-    page = page_bytes(model, config.page_tokens, dtype)
-    if config.cache_bytes < page:
-        raise ConfigError(f"cache_bytes {config.cache_bytes} is less than one page of {page} bytes: raise it, or lower page_tokens")
-    return min(wanted, config.cache_bytes // page)
+def _shifted(seed: int, copy: int) -> int:
+    """seed + copy within 64 bits."""
+    return (seed + copy + 2**63) % 2**64 - 2**63

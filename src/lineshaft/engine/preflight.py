@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from lineshaft.base.machine import resident_memory_bytes
+from lineshaft.base.machine import available_memory_bytes, resident_memory_bytes
 from lineshaft.engine.cache import page_bytes
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.loop import cache_pages, context_of
+from lineshaft.engine.pool import DEFAULT_BYTES, context_of, pool_of
+from lineshaft.engine.tiles import working_bytes
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.fit import Step, Verdict, halved, judge
 from lineshaft.model.folder import load_config
@@ -23,6 +24,8 @@ HOLES = 0.75
 """Share of a step's activations that lies unused in the heap, since steps of other sizes left other blocks (docs/preflight.md)."""
 LEAST_TOKENS = 512
 """No shorter context is proposed."""
+CACHE_SHARE = 0.5
+"""Of the memory that is left: the rest is for what other programs and the files' own cache need."""
 _SAMPLING_BYTES = 40
 """For each entry of one row of logits: scaled, sorted with their places, summed up, made into chances."""
 
@@ -47,18 +50,20 @@ def serve_memory(given: Serving) -> Memory:
     """Loading, then a step as large as the scheduler makes them, over a cache that is full."""
     config, held = _with_active_experts(given.model, given.engine.active_experts), given.held
     dtype = getattr(torch, held.dtype)
-    context, pages = context_of(config, given.engine), cache_pages(config, given.engine, dtype)
-    page_tokens, limits = given.engine.page_tokens, given.engine.scheduler
+    pool, limits = pool_of(config, given.engine, dtype), given.engine.scheduler
+    context, pages = pool.context_tokens, max(pool.pages)
     requests = min(limits.max_batch, pages)
-    tokens = min(limits.step_tokens, pages * page_tokens, requests * context)
+    tokens = min(limits.step_tokens, pages * given.engine.page_tokens, requests * context)
     weights = {"weights": held.total(config)}
     loading = weights | ({"weights as stored, until they are converted": given.stored.total(config)} if held != given.stored else {})
     logits = requests * config.vocab_size * (ITEM[held.dtype] + (4 if held.dtype != "float32" else 0))
-    activations = one_pass(config, held, held.dtype, tokens, min(context, pages * page_tokens))
+    activations = one_pass(config, held, held.dtype, tokens, context)
+    tiles = working_bytes(config, context) if given.engine.batch_invariant else 0
     running = weights | {
-        "cache pages": pages * page_bytes(config, page_tokens, dtype),
+        "cache pages": pool.size,
         f"activations of {tokens} tokens": activations,
         "holes in the heap": int(HOLES * activations),
+        "attention in tiles": tiles,
         "logits": logits + _SAMPLING_BYTES * config.vocab_size,
     }
     return Memory({"loading": loading, "running": running})
@@ -70,24 +75,46 @@ def _with_active_experts(config: ModelConfig, count: int | None) -> ModelConfig:
     return config.model_copy(update={"moe": config.moe.model_copy(update={"num_experts_per_tok": count})})
 
 
+def with_cache(given: Serving, room: int | None = None) -> Serving:
+    """With cache_bytes settled: where it is null, half of what is left in `room` (None: of this machine's memory) beside all else."""
+    if given.engine.cache_bytes is not None:
+        return given
+    least = replace(given, engine=given.engine.model_copy(update={"cache_bytes": DEFAULT_BYTES}))
+    config, dtype = given.model, getattr(torch, given.held.dtype)
+    others = serve_memory(least).total - pool_of(config, least.engine, dtype).size
+    left = (available_memory_bytes() if room is None else room) - resident_memory_bytes() - CODE_BYTES - others
+    size = int(CACHE_SHARE * left)
+    enough = size >= 2 * page_bytes(config, given.engine.page_tokens, dtype)
+    return replace(given, engine=given.engine.model_copy(update={"cache_bytes": size})) if enough else least
+
+
 def judge_serving(given: Serving, room: int | None = None) -> Verdict:
     """Does it fit here (`room`: into so many bytes), and what would make it fit."""
+    given = with_cache(given, room)
     ladders = (_smaller_cache, _smaller_steps, _smaller_batch, _as_stored, _bfloat16, _int8, _shorter_context)
     return judge("serve", given, ladders, serve_memory, resident_memory_bytes() + CODE_BYTES, room)
 
 
-def check_room(folder: Path, engine: EngineConfig) -> None:
-    """Raises DoesNotFit when serving the checkpoint in `folder` would need more memory than there is."""
-    judge_serving(Serving(load_config(folder), stored_in(folder), engine)).enforce()
+def check_room(folder: Path, engine: EngineConfig) -> EngineConfig:
+    """The settings with cache_bytes settled. Raises DoesNotFit when serving the checkpoint would need more memory than there is."""
+    given = with_cache(Serving(load_config(folder), stored_in(folder), engine))
+    judge_serving(given).enforce()
+    return given.engine
 
 
 def _smaller_cache(given: Serving) -> Iterator[Step[Serving]]:
     dtype = getattr(torch, given.held.dtype)
-    page, context = page_bytes(given.model, given.engine.page_tokens, dtype), context_of(given.model, given.engine)
-    one_request = page * -(-context // given.engine.page_tokens)
-    for size in halved(page * cache_pages(given.model, given.engine, dtype), one_request):
+    one_request = _context_bytes(given, context_of(given.model, given.engine))
+    used = pool_of(given.model, given.engine, dtype).size
+    for size in halved(min(used, given.engine.cache_bytes or used), one_request):
         engine = given.engine.model_copy(update={"cache_bytes": size})
         yield f"engine.cache_bytes={size}", replace(given, engine=engine)
+
+
+def _context_bytes(given: Serving, tokens: int) -> int:
+    """Cache that one request of so many tokens takes, when every layer sees all."""
+    page = page_bytes(given.model, given.engine.page_tokens, getattr(torch, given.held.dtype))
+    return page * -(-tokens // given.engine.page_tokens)
 
 
 def _smaller_steps(given: Serving) -> Iterator[Step[Serving]]:
@@ -123,7 +150,6 @@ def _int8(given: Serving) -> Iterator[Step[Serving]]:
 def _shorter_context(given: Serving) -> Iterator[Step[Serving]]:
     for tokens in halved(context_of(given.model, given.engine), LEAST_TOKENS):
         changed = given.engine.model_copy(update={"max_context": tokens})
-        page = page_bytes(given.model, changed.page_tokens, getattr(torch, given.held.dtype))
-        least = page * -(-tokens // changed.page_tokens)
-        size = min(changed.cache_bytes, max(least, least * changed.scheduler.max_batch))
+        least = _context_bytes(given, tokens)
+        size = min(changed.cache_bytes or DEFAULT_BYTES, max(least, least * changed.scheduler.max_batch))
         yield f"engine.max_context={tokens}", replace(given, engine=changed.model_copy(update={"cache_bytes": size}))

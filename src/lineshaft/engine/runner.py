@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lineshaft.engine.attend import PagedAttend
 from lineshaft.engine.cache import PagedCache
+from lineshaft.engine.tiles import TiledAttend
 from lineshaft.model.decoder import Decoder
-from lineshaft.sched.scheduler import Plan
+from lineshaft.ops import table as ops
+from lineshaft.ops.steady import ROWS
+from lineshaft.sched.plan import Plan
 
 
 class Runner:
-    """Model and cache; no memory of requests."""
+    """Model and cache; no memory of requests. `steady`: each request's numbers are the same bits in any company."""
 
-    def __init__(self, model: Decoder, cache: PagedCache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: Decoder, cache: PagedCache, steady: bool = True) -> None:
+        self.model, self.cache, self.steady = model, cache, steady
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Tensor:
-        """Logits [R, vocabulary] in float32, one row for each of `plan.sampling`."""
+        """Final hidden states [T, hidden] of the plan's tokens; their keys are in the cache afterwards."""
+        for group, source, target in plan.copies:
+            self.cache.copy(group, source, target)
         tokens = [token for chunk in plan.chunks for token in chunk.request.tokens[chunk.first : chunk.last]]
-        positions = torch.cat([torch.arange(chunk.first, chunk.last) for chunk in plan.chunks])
-        hidden_TI = self.model.hidden(torch.tensor(tokens), positions, PagedAttend(self.cache, plan))
-        ends = torch.tensor([chunk.last - chunk.first for chunk in plan.chunks]).cumsum(0) - 1
-        sampled = torch.tensor([chunk.samples for chunk in plan.chunks])
-        return self.model.logits(hidden_TI[ends[sampled]]).float()
+        positions = [position for chunk in plan.chunks for position in range(chunk.first, chunk.last)]
+        if not self.steady:
+            return self.model.hidden(torch.tensor(tokens), torch.tensor(positions), PagedAttend(self.cache, plan))
+        extra = [0] * (-len(tokens) % ROWS)  # rows that belong to nobody
+        with ops.steady():
+            attend = TiledAttend(self.cache, plan)
+            return self.model.hidden(torch.tensor(tokens + extra), torch.tensor(positions + extra), attend)[: len(tokens)]
+
+    @torch.inference_mode()
+    def logits(self, hidden_TI: Tensor, rows: Sequence[int]) -> Tensor:
+        """Logits [R, vocabulary] in float32 of some rows."""
+        with ops.steady(self.steady):
+            return self.model.logits(hidden_TI[torch.tensor(rows, dtype=torch.int64)]).float()

@@ -22,7 +22,7 @@ from lineshaft.base.errors import EngineError, LineshaftError
 from lineshaft.base.machine import peak_memory_bytes
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
-from lineshaft.sched.request import Ask, Sampling
+from lineshaft.sched.request import Ask, Emitted, Sampling
 
 BATCH_REPEATS = 3
 """The batch is run this often and the median taken."""
@@ -82,7 +82,8 @@ def quantile(samples: list[float], share: float) -> float:
 
 def _run(job: Job) -> Speed:
     started = time.perf_counter()
-    engine = Engine.load(Path(job.folder), job.engine)
+    scheduler = job.engine.scheduler.model_copy(update={"prefix_cache": False})  # prompts come again here, and are to be read again
+    engine = Engine.load(Path(job.folder), job.engine.model_copy(update={"scheduler": scheduler}))
     loaded = time.perf_counter() - started
     sampling = Sampling(max_tokens=job.workload.output_tokens, temperature=0, ignore_eos=True)
     parent = os.getppid()
@@ -111,7 +112,7 @@ def _answer(engine: Engine, prompts: list[list[int]], sampling: Sampling) -> tup
     for prompt in prompts:
         engine.submit(Ask(prompt, sampling))
     while not engine.idle:
-        if engine.step() and not first:
+        if any(isinstance(event, Emitted) for event in engine.step()) and not first:
             first = time.perf_counter() - started
     return first, time.perf_counter() - started
 

@@ -53,7 +53,11 @@ class IndexQuery:
         Of equal scores, and ReLU makes many zeros, the earlier token wins: the choice must not hang on how a batch is cut.
         """
         here_T = torch.arange(first, first + len(self.q_TJD), device=key_SD.device)
-        seen_TS: Tensor = reach.visible(here_T[:, None], torch.arange(len(key_SD), device=key_SD.device)[None])
+        return self.among(key_SD, reach.visible(here_T[:, None], torch.arange(len(key_SD), device=key_SD.device)[None]))
+
+    @torch.no_grad()
+    def among(self, key_SD: Tensor, seen_TS: Tensor) -> Tensor:
+        """`chosen` of the keys that each token may see, bool [T, S]; keys stand in order of position."""
         if len(key_SD) <= self.top_k:
             return seen_TS
         scores_TS = self.scores(key_SD).masked_fill(~seen_TS, -torch.inf)
@@ -62,7 +66,7 @@ class IndexQuery:
         room_T1 = self.top_k - better_TS.sum(-1, keepdim=True)
         return better_TS | (equal_TS & (equal_TS.cumsum(-1) <= room_T1))
 
-    def of(self, rows: slice) -> IndexQuery:
+    def of(self, rows: slice | Tensor) -> IndexQuery:
         """The same for some of the tokens."""
         return IndexQuery(self.q_TJD[rows], self.weight_TJ[rows], self.key_TD[rows], self.top_k)
 
@@ -99,7 +103,7 @@ class LatentQuery:
         """Queries against latents [T, H, C], and the value half of the up-projection [H, V, C]."""
         weight_HWC = self.up.dense_weight(self.nope_THN.dtype).view(self.nope_THN.shape[1], -1, self.up.in_features)
         up_key_HNC, up_value_HVC = weight_HWC.split_with_sizes(self._widths(), 1)
-        return torch.einsum("thn,hnc->thc", self.nope_THN, up_key_HNC), up_value_HVC
+        return ops.by_head(self.nope_THN, up_key_HNC), up_value_HVC
 
     def _widths(self) -> list[int]:
         heads, nope = self.nope_THN.shape[1:]

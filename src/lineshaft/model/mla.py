@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineshaft.model.attend import Attend, IndexQuery, LatentQuery
@@ -15,6 +14,7 @@ from lineshaft.model.linear import Linear
 from lineshaft.model.norm import RmsNorm
 from lineshaft.model.positions import Yarn
 from lineshaft.model.rope import Rotation
+from lineshaft.ops import table as ops
 from lineshaft.ops.reach import Reach
 
 # DeepSeek's published code leaves the norms inside attention at this, whatever the model's rms_norm_eps says.
@@ -101,5 +101,5 @@ class HeadWeights(nn.Module):
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, hidden] to float32 [T, heads]."""
         with torch.autocast(x_TI.device.type, enabled=False):
-            weight_TJ: Tensor = F.linear(x_TI.float(), self.weight.float()) * self.weight.shape[0] ** -0.5
+            weight_TJ: Tensor = ops.linear(x_TI.float(), self.weight.float(), None) * self.weight.shape[0] ** -0.5
         return weight_TJ

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineshaft.model.config import MixtureOfExperts
 from lineshaft.model.ffn import FeedForward
+from lineshaft.ops import table as ops
 
 
 class Router(nn.Module):
@@ -37,7 +37,7 @@ class Router(nn.Module):
     def forward(self, x_TI: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [T, top] in float32 and experts [T, top] of each token."""
         with torch.autocast(x_TI.device.type, enabled=False):
-            affinity_TE = self._affinity(F.linear(x_TI.float(), self.weight.float()))
+            affinity_TE = self._affinity(ops.linear(x_TI.float(), self.weight.float(), None))
         expert_TK = self._choose(affinity_TE.detach())
         weight_TK = affinity_TE.gather(1, expert_TK)
         if self.moe.norm_topk_prob:
@@ -47,7 +47,7 @@ class Router(nn.Module):
         return weight_TK * self.moe.routed_scaling_factor, expert_TK
 
     def _affinity(self, logits_TE: Tensor) -> Tensor:
-        return logits_TE.sigmoid() if self.moe.scoring_func == "sigmoid" else logits_TE.softmax(-1)
+        return ops.sigmoid(logits_TE) if self.moe.scoring_func == "sigmoid" else logits_TE.softmax(-1)
 
     def _choose(self, affinity_TE: Tensor) -> Tensor:
         """Experts [T, top] of the highest affinity, balancing bias included, among those of the best groups."""
@@ -99,7 +99,7 @@ class ExpertBlock(nn.Module):
         if self.shared_experts is not None:
             out = out + self.shared_experts(x_TI)
         if self.shared_expert is not None and self.shared_expert_gate is not None:
-            out = out + self.shared_expert_gate(x_TI).sigmoid() * self.shared_expert(x_TI)
+            out = out + ops.sigmoid(self.shared_expert_gate(x_TI)) * self.shared_expert(x_TI)
         for added in self.added_experts:
             out = out + added(x_TI)
         return out
@@ -128,7 +128,7 @@ class OutputGate(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, hidden] to [T, 1]."""
-        return F.linear(x_TI, self.weight)
+        return ops.linear(x_TI, self.weight, None)
 
 
 class AddedExpert(nn.Module):

@@ -11,10 +11,12 @@ def ops_used(config: ModelConfig, fmt: str, task: Literal["serve", "train"]) -> 
     """Names of ops/table that a task may call. `fmt` as in memory.Stored: layers in it are multiplied in it, others dense."""
     coded = {"int8": "linear_int8", "fp8": "linear_fp8"}.get(fmt.partition("-")[0])
     found = ["linear", "rms_norm", "rope", "silu_mul", *([coded] if coded and task == "serve" else [])]
+    if config.moe is not None and (config.moe.scoring_func == "sigmoid" or config.moe.shared_expert_intermediate_size):
+        found.append("sigmoid")
     latent = isinstance(config.attention, LatentAttention)
     indexer = isinstance(config.attention, LatentAttention) and config.attention.indexer is not None
     if task == "train":
         found += ["rows_gqa", "reach_gqa", *(["attention"] if indexer else [])]
     else:
-        found += ["paged_mla" if latent else "paged_gqa", *(["paged_rows", "paged_chosen_mla"] if indexer else [])]
+        found += ["tile_mla", "by_head"] if latent else ["tile_gqa"]
     return sorted(found)

@@ -2,7 +2,7 @@
 
 Shape letters: T tokens in the packed batch, I inputs, O outputs, G groups of inputs that share a scale, H query heads,
 K key-value heads, D head width, V value width, C latent width, R rotary width, S tokens of context, U some of them, P pages,
-B tokens in a page, or rows.
+B tokens in a page, or rows, N tiles of M queries each, E what one token leaves in one page.
 """
 
 from __future__ import annotations
@@ -87,6 +87,11 @@ def silu_mul(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     return F.silu(gate_TI) * up_TI
 
 
+def sigmoid(x_TI: Tensor) -> Tensor:
+    """1 / (1 + exp(-x))."""
+    return x_TI.sigmoid()
+
+
 def rows_gqa(q_BSHD: Tensor, k_BSKD: Tensor, v_BSKV: Tensor, seen_BSS: Tensor | None, scale: float) -> Tensor:
     """Attention inside each of B rows. `seen_BSS`: bool, may this query see that key; None: causal. Result [B, S, H, V]."""
     q_BHSD, k_BKSD, v_BKSV = (x.transpose(1, 2) for x in (q_BSHD, k_BSKD, _as_wide(v_BSKV, q_BSHD)))
@@ -159,6 +164,32 @@ def paged_chosen_mla(q_THC: Tensor, q_rope_THR: Tensor, pages: Tensor, table: Te
     entries_UE = paged_rows(pages, table, positions_U)[:, None]
     seen_TU = None if len(chosen_TS) == 1 else chosen_TS[:, positions_U]
     return attention(torch.cat([q_THC, q_rope_THR], -1), entries_UE, entries_UE, seen_TU, scale)[..., : q_THC.shape[-1]]
+
+
+def by_head(x_THA: Tensor, weight_HAB: Tensor) -> Tensor:
+    """Each head's part of a token times the head's own matrix. Result [T, H, B]."""
+    return torch.einsum("tha,hab->thb", x_THA, weight_HAB)
+
+
+def tile_gqa(q_NMHD: Tensor, pages_k: Tensor, pages_v: Tensor, slots_NS: Tensor, seen_NMS: Tensor, scale: float) -> Tensor:
+    """Attention of N tiles of M queries each, every tile over S entries of its own, from anywhere in the pages.
+
+    pages_k, pages_v: [P, B, K, D]; slots_NS: int64, page * B + place in the page; seen_NMS: bool, may this query see that
+    entry; every query sees one at least. Result [N, M, H, D] in the dtype of q.
+    """
+    outs = []
+    for q_MHD, slots_S, seen_MS in zip(q_NMHD, slots_NS, seen_NMS, strict=True):
+        k_SKD, v_SKD = (pages.flatten(0, 1)[slots_S].to(q_MHD.dtype) for pages in (pages_k, pages_v))
+        outs.append(attention(q_MHD, k_SKD, v_SKD, seen_MS, scale))
+    return torch.stack(outs)
+
+
+def tile_mla(q_NMHE: Tensor, pages: Tensor, slots_NS: Tensor, seen_NMS: Tensor, scale: float, latent: int) -> Tensor:
+    """`tile_gqa` for absorbed latent attention: pages [P, B, E], an entry being a latent of width `latent` and the rotated key.
+
+    q_NMHE: queries against latents, followed by their rotated part. Result [N, M, H, latent] in the dtype of q.
+    """
+    return tile_gqa(q_NMHE, pages[:, :, None], pages[:, :, None], slots_NS, seen_NMS, scale)[..., :latent]
 
 
 def sees_all(reach: Reach, tokens: int) -> bool:

@@ -6,11 +6,14 @@ on random shapes. There is no silent fallback: `chosen` names the kernel of ever
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import Tensor
 
 from lineshaft.ops import cpu, reference
+from lineshaft.ops import steady as steady_kernels
 from lineshaft.ops.reach import Reach
 
 Kernel = Callable[..., Tensor]
@@ -22,6 +25,7 @@ REFERENCE: Mapping[str, Kernel] = {
     "rms_norm": reference.rms_norm,
     "rope": reference.rope,
     "silu_mul": reference.silu_mul,
+    "sigmoid": reference.sigmoid,
     "rows_gqa": reference.rows_gqa,
     "attention": reference.attention,
     "reach_gqa": reference.reach_gqa,
@@ -29,6 +33,9 @@ REFERENCE: Mapping[str, Kernel] = {
     "paged_gqa": reference.paged_gqa,
     "paged_mla": reference.paged_mla,
     "paged_chosen_mla": reference.paged_chosen_mla,
+    "by_head": reference.by_head,
+    "tile_gqa": reference.tile_gqa,
+    "tile_mla": reference.tile_mla,
 }
 """Right on every device."""
 
@@ -40,18 +47,44 @@ CPU: Mapping[str, Kernel] = {
 }
 """Faster on processors; every other op runs its reference there."""
 
+STEADY: Mapping[str, Kernel] = {
+    "linear": steady_kernels.linear,
+    "linear_int8": steady_kernels.linear_int8,
+    "linear_fp8": steady_kernels.linear_fp8,
+    "silu_mul": steady_kernels.silu_mul,
+    "sigmoid": steady_kernels.sigmoid,
+    "by_head": steady_kernels.by_head,
+    "tile_gqa": steady_kernels.tile_gqa,
+    "tile_mla": steady_kernels.tile_mla,
+}
+"""On processors, the same bits for a row in any company; every other op gives them anyhow, as the engine calls it."""
+
 BY_DEVICE: Mapping[str, Mapping[str, Kernel]] = {"cpu": {**REFERENCE, **CPU}, "cuda": REFERENCE}
 """Device type to its kernels, laid over the reference."""
 
 
+_STEADY_CPU: Mapping[str, Kernel] = {**REFERENCE, **STEADY}
+_tables: ContextVar[Mapping[str, Mapping[str, Kernel]]] = ContextVar("tables", default=BY_DEVICE)
+
+
+@contextmanager
+def steady(wanted: bool = True) -> Generator[None]:
+    """While it is open, products on processors give a row the same bits in any company (ops/steady.py)."""
+    token = _tables.set({**BY_DEVICE, "cpu": _STEADY_CPU} if wanted else BY_DEVICE)
+    try:
+        yield
+    finally:
+        _tables.reset(token)
+
+
 def kernel(op: str, x: Tensor) -> Kernel:
     """The kernel of `op` for the device on which `x` lies; other device types run the reference."""
-    return BY_DEVICE.get(x.device.type, REFERENCE)[op]
+    return _tables.get().get(x.device.type, REFERENCE)[op]
 
 
 def chosen(device: str) -> dict[str, str]:
     """Op to the module its kernel comes from; the server prints it when it starts."""
-    return {op: run.__module__.rsplit(".", 1)[-1] for op, run in sorted(BY_DEVICE.get(device, REFERENCE).items())}
+    return {op: run.__module__.rsplit(".", 1)[-1] for op, run in sorted(_tables.get().get(device, REFERENCE).items())}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -82,6 +115,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """See `reference.silu_mul`."""
     return kernel("silu_mul", gate)(gate, up)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """See `reference.sigmoid`."""
+    return kernel("sigmoid", x)(x)
 
 
 def rows_gqa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float) -> Tensor:
@@ -117,3 +155,18 @@ def paged_mla(q: Tensor, q_rope: Tensor, pages: Tensor, table: Tensor, first: in
 def paged_chosen_mla(q: Tensor, q_rope: Tensor, pages: Tensor, table: Tensor, chosen: Tensor, scale: float) -> Tensor:
     """See `reference.paged_chosen_mla`."""
     return kernel("paged_chosen_mla", q)(q, q_rope, pages, table, chosen, scale)
+
+
+def by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """See `reference.by_head`."""
+    return kernel("by_head", x)(x, weight)
+
+
+def tile_gqa(q: Tensor, pages_k: Tensor, pages_v: Tensor, slots: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """See `reference.tile_gqa`."""
+    return kernel("tile_gqa", q)(q, pages_k, pages_v, slots, seen, scale)
+
+
+def tile_mla(q: Tensor, pages: Tensor, slots: Tensor, seen: Tensor, scale: float, latent: int) -> Tensor:
+    """See `reference.tile_mla`."""
+    return kernel("tile_mla", q)(q, pages, slots, seen, scale, latent)

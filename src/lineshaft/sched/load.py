@@ -25,3 +25,9 @@ class Load:
     """Total of prompt tokens that were looked up in the prefix cache."""
     prefix_hit_tokens: int = 0
     """Total of those that were found."""
+    step_requests: int = 0
+    """Requests in the last step."""
+    step_began: float = 0.0
+    """When the last step began, on the engine's clock, in seconds."""
+    busy_seconds: float = 0.0
+    """Total time in steps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
+import msgspec
 from pydantic import Field, PositiveInt
 
 from lineshaft.base.config import Config
@@ -13,6 +14,8 @@ Finish = Literal["stop", "length"]
 Task = Literal["generate", "score", "embed"]
 MOST_LOGPROBS = 20
 """Most alternatives that are told for a token."""
+GONE = -1
+"""In a page table: that page was given back, since no later token sees it."""
 
 
 class Sampling(Config):
@@ -61,8 +64,7 @@ class Ask:
     """Answers to the same prompt, each a request of its own; the prompt is read once. With a seed, copy i has seed + i."""
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(msgspec.Struct, frozen=True):
     """How likely a token was, in nats, by the model's own logits (before temperature, penalties and bias)."""
 
     logprob: float
@@ -70,8 +72,7 @@ class Score:
     """(token, log-probability) of the likeliest, as many as were asked for, likeliest first; equal ones in order of their ids."""
 
 
-@dataclass(frozen=True)
-class Emitted:
+class Emitted(msgspec.Struct, frozen=True, tag=True):
     """One token of an answer. `finish` is set on the last: "stop" when it is itself a stop token (not text), else "length"."""
 
     request: int
@@ -81,8 +82,7 @@ class Emitted:
     """Set when the request asked for log-probabilities."""
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(msgspec.Struct, frozen=True, tag=True):
     """The first step that works on a request is about to be run; comes before everything else, once a request."""
 
     request: int
@@ -90,50 +90,91 @@ class Started:
     """Tokens of its prompt whose keys were found in the prefix cache."""
 
 
-@dataclass(frozen=True)
-class PromptScored:
+class PromptScored(msgspec.Struct, frozen=True, tag=True):
     """The prompt's own tokens, scored; comes before the answer's first token. One entry a token, None for the first."""
 
     request: int
     scores: list[Score | None]
 
 
-@dataclass(frozen=True)
-class Pooled:
+class Pooled(msgspec.Struct, frozen=True, tag=True):
     """The embedding of a prompt: the mean of its final hidden states, not scaled to length one. The request has ended."""
 
     request: int
     embedding: list[float]
 
 
-Event: TypeAlias = Started | Emitted | PromptScored | Pooled
-"""What a request's owner is told. Every request ends with an Emitted that has a `finish`, or with a Pooled."""
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """An engine in another process could not take the request in; it has ended. (One in this process raises instead.)"""
+
+    request: int
+    error: str
+    """Name of the class in base/errors.py."""
+    message: str
+    param: str | None = None
 
 
-@dataclass(eq=False)
+Event: TypeAlias = Started | Emitted | PromptScored | Pooled | Refused
+"""What a request's owner is told. Every request ends with an Emitted that has a `finish`, with a Pooled, or with a Refused."""
+
+
+def ends(event: Event) -> bool:
+    """Is it the last that its request is told?"""
+    return isinstance(event, Pooled | Refused) or (isinstance(event, Emitted) and event.finish is not None)
+
+
+@dataclass(eq=False, slots=True)
 class Request:
     """A request's state. Owned by the scheduler; others only read it."""
 
     number: int
+    """Numbers ascend in order of arrival."""
     prompt_tokens: int
     sampling: Sampling
     stops: frozenset[int]
     """Tokens that end the answer."""
     tokens: list[int]
     """Prompt, then answer."""
-    pages: list[int] = field(default_factory=list)
-    """Cache pages held, in order of position."""
+    task: Task = "generate"
+    priority: int = 0
+    parent: Request | None = None
+    """The request of the same prompt whose pages this one takes over once the prompt is read; None when there is none, or no more."""
+    arrived: float = 0.0
+    """On the caller's clock, in seconds."""
+    tables: list[list[int]] = field(default_factory=list)
+    """For each layer group the cache pages held, in order of position; GONE where they were given back."""
+    keys: list[bytes] = field(default_factory=list)
+    """Names of the text up to the end of each full page, as far as they were needed."""
+    published: int = 0
+    """Pages that can be found by their key."""
     cached: int = 0
     """How many of `tokens` have their keys in those pages."""
+    settled: bool = False
+    """Nobody else holds the page that the next token goes into."""
+    running: bool = False
+    started: bool = False
+    """A step has worked on it."""
+    scored: bool = False
+    """Its prompt's scores were told (task "score")."""
 
     @property
     def limit(self) -> int:
         """Most tokens that prompt and answer may have together."""
         return self.prompt_tokens + self.sampling.max_tokens
 
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Lower is served first."""
+        return self.priority, self.number
+
+    @property
+    def reads_all(self) -> bool:
+        """Must every token of the prompt be run, so that no prefix may be taken from the cache?"""
+        return self.task == "embed" or (self.task == "score" and not self.scored)
+
     def finish_with(self, token: int) -> Finish | None:
         """Take one more token of the answer; is that its end?"""
         self.tokens.append(token)
         if token in self.stops:
             return "stop"
-        return "length" if len(self.tokens) >= self.limit else None
+        return "length" if len(self.tokens) >= self.prompt_tokens + self.sampling.max_tokens else None

@@ -126,7 +126,7 @@ class Api:
         return as_json(Status("ok"))
 
     async def _ready(self, _: Request) -> Response:
-        self._worker.model()
+        self._worker.must_be_ready()
         return as_json(Status("ready"))
 
     async def _exposition(self, _: Request) -> Response:

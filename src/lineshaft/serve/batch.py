@@ -15,22 +15,19 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from lineshaft.base.config import Config
 from lineshaft.base.errors import CacheFull, Capacity, EngineError, LineshaftError
 from lineshaft.base.terminal import Bar, bar
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.loop import Engine
-from lineshaft.engine.preflight import check_room
 from lineshaft.serve.batch_files import Journal, Line, Requests, journal, read_requests
 from lineshaft.serve.limits import Limits
 from lineshaft.serve.metrics import Metrics
 from lineshaft.serve.refusals import body_too_large, error_answer, status_of
+from lineshaft.serve.server import served_from
 from lineshaft.serve.service import Service
-from lineshaft.serve.worker import Served, Worker
-from lineshaft.text import contract
-from lineshaft.text.tokenizer import Tokenizer
+from lineshaft.serve.worker import Worker
 
 _POLL_S = 0.05
 _WAITING = 256
@@ -46,6 +43,8 @@ class BatchConfig(Config):
 
     in_flight: PositiveInt = 64
     """Requests that are with the engine at a time."""
+    engine_stall_seconds: PositiveFloat = 300.0
+    """An engine that has work and finishes no step in so long is ended and started again."""
     limits: Limits = Limits(request_seconds=86400.0)
     """Bounds on one request."""
 
@@ -90,13 +89,9 @@ def run_batch(folder: Path, name: str, source: Path, target: Path, config: Batch
     loading the model raises.
     """
 
-    def load() -> Served:
-        contract.check_folder(folder)
-        return Served(Engine.load(folder, engine), Tokenizer.load(folder))
-
     def worker() -> Worker:
-        check_room(folder, engine)
-        return Worker(load, Metrics(name), _WAITING)
+        metrics = Metrics(name)
+        return Worker(lambda: served_from(folder, engine, config.engine_stall_seconds, metrics), metrics, _WAITING)
 
     return answer_file(worker, name, source, target, config)
 
@@ -176,7 +171,7 @@ class _Run:
 
     async def _until_ready(self) -> None:
         """Wait while the model loads. Raises what went wrong when it can't be loaded."""
-        while self._worker.state == "loading":
+        while self._worker.state in ("loading", "restarting"):
             await asyncio.sleep(_POLL_S)
         if self._worker.failure:
             raise self._worker.failure

@@ -22,23 +22,29 @@ class Metrics:
         self._registry = prometheus.CollectorRegistry()
         self._instruments = {name: self._build(entry) for name, entry in CATALOGUE.items() if entry.instrument != "value"}
 
-    def count(self, name: str, amount: int = 1, **labels: str) -> None:
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
         """Add to a counter."""
         counter = self._of(name, labels)
         assert isinstance(counter, prometheus.Counter)
         counter.inc(amount)
 
-    def observe(self, name: str, seconds: float) -> None:
-        """Enter one observation into a histogram."""
+    def observe(self, name: str, value: float) -> None:
+        """Enter one observation, in the unit of the histogram."""
         histogram = self._of(name, {})
         assert isinstance(histogram, prometheus.Histogram)
-        histogram.observe(seconds)
+        histogram.observe(value)
 
-    def follow(self, name: str, read: Callable[[], float]) -> None:
+    def follow(self, name: str, read: Callable[[], float], **labels: str) -> None:
         """Let a gauge show what `read` returns whenever it is scraped."""
-        gauge = self._of(name, {})
+        gauge = self._of(name, labels)
         assert isinstance(gauge, prometheus.Gauge)
         gauge.set_function(read)
+
+    def set(self, name: str, value: float) -> None:
+        """Set a gauge."""
+        gauge = self._of(name, {})
+        assert isinstance(gauge, prometheus.Gauge)
+        gauge.set(value)
 
     def exposition(self) -> bytes:
         """All of them as Prometheus reads them."""

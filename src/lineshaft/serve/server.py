@@ -17,20 +17,18 @@ from types import FrameType
 
 import uvicorn
 import uvicorn.config
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from lineshaft.base.config import Config, merge
 from lineshaft.base.errors import ConfigError
 from lineshaft.base.terminal import say
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.loop import Engine
-from lineshaft.engine.preflight import check_room
-from lineshaft.ops.table import chosen
 from lineshaft.serve.api import Api
 from lineshaft.serve.limits import Limits
 from lineshaft.serve.metrics import Metrics
-from lineshaft.serve.worker import Served, Worker
-from lineshaft.text import contract
+from lineshaft.serve.remote import RemoteEngine
+from lineshaft.serve.served import Served
+from lineshaft.serve.worker import Worker
 from lineshaft.text.tokenizer import Tokenizer
 
 _BACKLOG = 2048
@@ -52,6 +50,8 @@ class ServeConfig(Config):
     """Bounds on one request."""
     max_waiting: PositiveInt = 256
     """Requests that may wait for the engine; more are refused with 429."""
+    engine_stall_seconds: PositiveFloat = 300.0
+    """An engine that has work and finishes no step in so long is ended and started again."""
     drain_seconds: NonNegativeFloat = 30.0
     """How long answers under way may go on after SIGTERM."""
     access_log: bool = False
@@ -68,21 +68,31 @@ def run_server(
     loading the model raises.
     """
 
-    def load() -> Served:
-        contract.check_folder(folder)
-        return Served(Engine.load(folder, engine), Tokenizer.load(folder))
+    def load(metrics: Metrics) -> Served:
+        return served_from(folder, engine, config.engine_stall_seconds, metrics)
 
-    check_room(folder, engine)
     serve_until_stopped(load, config.model_name or name, config, on_listening=on_listening)
 
 
-def serve_until_stopped(load: Callable[[], Served], model: str, config: ServeConfig, *, on_listening: Callable[[int], None]) -> None:
+def served_from(folder: Path, engine: EngineConfig, stall_seconds: float, metrics: Metrics) -> Served:
+    """The checkpoint in `folder` in an engine process of its own. Raises whatever loading it raises."""
+    remote = RemoteEngine(folder, engine, stall_seconds)
+    tokenizer = Tokenizer.load(folder)  # while the process begins
+    ready = remote.wait_ready()
+    for line in ready.told:
+        say(line)
+    metrics.set("lineshaft:model_weight_bytes", ready.weight_bytes)
+    metrics.set("lineshaft:bits_per_weight", ready.bits_per_weight)
+    metrics.set("lineshaft:kv_cache_bytes_per_token", ready.kv_bytes_per_token)
+    return Served(remote, tokenizer)
+
+
+def serve_until_stopped(load: Callable[[Metrics], Served], model: str, config: ServeConfig, *, on_listening: Callable[[int], None]) -> None:
     """`run_server` for any way to load a model. Call it in the main thread, which receives signals."""
     metrics = Metrics(model)
-    worker = Worker(load, metrics, config.max_waiting, on_ready=lambda seconds: say(f"ready in {seconds:.1f} s"))
+    worker = Worker(lambda: load(metrics), metrics, config.max_waiting, on_ready=lambda seconds: say(f"ready in {seconds:.1f} s"))
     with _listening(config) as listener:
         port = listener.getsockname()[1]
-        say(f"kernels: {', '.join(f'{op} {origin}' for op, origin in chosen('cpu').items())}")
         say(f"listening on http://{f'[{config.host}]' if ':' in config.host else config.host}:{port}")
         on_listening(port)
         _Server(worker, Api(worker, model, metrics, config.limits), config).run([listener])

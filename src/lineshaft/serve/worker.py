@@ -1,8 +1,9 @@
 """The thread that owns the engine.
 
-The event loop hands requests in through an inbox and gets their tokens back in an asyncio queue for each. Only the
-thread touches the engine. When the engine fails, every request in flight gets an error, the fault is written to stderr,
-and a fresh engine is loaded, so the service lives on; nobody is left waiting.
+The event loop hands requests in through an inbox and gets what they are told back in an asyncio queue for each. Only the
+thread uses the engine, which runs in a process of its own (remote.py). When the engine fails, or its process dies,
+every request in flight gets an error and a fresh engine is loaded, so the service lives on; requests that come in the
+meantime wait for it. Nobody is left waiting for what will not come.
 """
 
 from __future__ import annotations
@@ -15,72 +16,29 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from lineshaft.base.errors import Capacity, EngineError, LineshaftError, QueueFull
 from lineshaft.base.terminal import say
-from lineshaft.sched.request import Ask, Emitted, Pooled, Started
+from lineshaft.sched.request import Ask, Emitted, Pooled, PromptScored, Refused, Started
 from lineshaft.sched.request import Event as Told
+from lineshaft.serve.frames import revived
+from lineshaft.serve.ledger import Ledger, Times
 from lineshaft.serve.metrics import Metrics
 from lineshaft.serve.refusals import not_ready
-from lineshaft.text.tokenizer import Tokenizer
+from lineshaft.serve.served import Engine, Served
 
-State = Literal["loading", "ready", "draining", "failed", "stopped"]
+State = Literal["loading", "ready", "restarting", "draining", "failed", "stopped"]
 Event: TypeAlias = Told | LineshaftError
+MOST_FRUITLESS = 3
+"""Engines that may die one after the other before they have done a step; then the server gives up."""
 _REASONS = {
     "loading": "the model is being loaded: try again later",
+    "restarting": "the engine is being started again after a failure: try again later",
     "draining": "the server is stopping and takes no new requests",
     "failed": "the engine could not be loaded again after a failure",
     "stopped": "the server has stopped",
 }
-
-
-class Load(Protocol):
-    """How busy an engine is."""
-
-    @property
-    def running(self) -> int:
-        """Requests being worked on."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests taken in but not worked on."""
-
-    @property
-    def cache_usage(self) -> float:
-        """Share of cache pages in use."""
-
-
-class Engine(Protocol):
-    """What is needed of `engine.loop.Engine`."""
-
-    @property
-    def context_tokens(self) -> int:
-        """Most tokens of prompt and answer."""
-
-    @property
-    def idle(self) -> bool:
-        """True when `step` has nothing to do."""
-
-    def submit(self, ask: Ask) -> list[int]:
-        """Take a request in; returns a number for each copy. Raises RequestError or Capacity."""
-
-    def cancel(self, request: int) -> None:
-        """Forget a request and free its pages."""
-
-    def step(self) -> Sequence[Told]:
-        """Do one round of work."""
-
-    def load_now(self) -> Load:
-        """How busy it is."""
-
-
-@dataclass(frozen=True)
-class Served:
-    """A loaded model."""
-
-    engine: Engine
-    tokenizer: Tokenizer
 
 
 @dataclass(eq=False)
@@ -88,14 +46,14 @@ class Ticket:
     """One answer on its way through the engine. Made by `Worker.submit`, given back by `Worker.release`."""
 
     ask: Ask
-    arrived: float
+    times: Times
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     number: int = -1
     """The engine's number for it."""
-    last_token: float | None = None
-    """When the latest token came, on the monotonic clock."""
     waits: bool = True
     """No step has worked on it yet."""
+    cached_tokens: int = 0
+    """Tokens of its prompt that were found in the prefix cache."""
     answered: bool = False
     """Its answer is complete; the engine need not go on after a stop string."""
     ended: bool = False
@@ -117,7 +75,6 @@ class Worker:
     ) -> None:
         """`load` makes the model, now and after each failure; `on_ready` is told how many seconds that took."""
         self._load, self._on_ready = load, on_ready
-        self._metrics = metrics
         self._max_waiting = max_waiting
         self._changed = threading.Condition()
         """Guards state, inbox, cancelled and the number of waiting requests; notified when the thread has something to do."""
@@ -130,13 +87,12 @@ class Worker:
         self._open: set[Ticket] = set()
         """Tickets not yet given back. The event loop's own."""
         self._served: Served | None = None
-        self._busy: Load | None = None
+        """The latest; it stays while another is being loaded, whose context and tokenizer are the same."""
+        self._fruitless = 0
         self.failure: Exception | None = None
         """Why loading failed; the server can't go on after that."""
+        self._ledger = Ledger(metrics, lambda: self._waiting)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        metrics.follow("vllm:num_requests_waiting", lambda: self._waiting)
-        metrics.follow("vllm:num_requests_running", lambda: busy.running if (busy := self._busy) else 0)
-        metrics.follow("vllm:kv_cache_usage_perc", lambda: busy.cache_usage if (busy := self._busy) else 0)
 
     # -- the event loop's side --------------------------------------------------------------------------------------
 
@@ -147,7 +103,7 @@ class Worker:
 
     @property
     def state(self) -> State:
-        """Where its life stands; it takes requests only when `ready`."""
+        """Where its life stands; it takes requests when `ready`, and when `restarting`."""
         return self._state
 
     @property
@@ -161,23 +117,28 @@ class Worker:
         return self._served.engine.context_tokens if self._served else None
 
     def model(self) -> Served:
-        """The loaded model. Raises Capacity (503) with the reason."""
+        """The model that requests are taken in for. Raises Capacity (503) with the reason when none are."""
         served = self._served
-        if self._state != "ready" or served is None:
+        if self._state not in ("ready", "restarting") or served is None:
             raise self._refusal()
         return served
 
+    def must_be_ready(self) -> None:
+        """Raises Capacity (503) with the reason unless there is an engine at work now."""
+        if self._state != "ready":
+            raise self._refusal()
+
     def submit(self, ask: Ask, arrived: float) -> list[Ticket]:
         """Hand a request in; a ticket for each copy. `arrived` is a time of `time.monotonic`. Raises Capacity (503) or QueueFull."""
-        tickets = [Ticket(ask, arrived) for _ in range(ask.copies)]
+        tickets = [Ticket(ask, Times(arrived)) for _ in range(ask.copies)]
         with self._changed:
-            if self._state != "ready":  # asked under the lock: whoever empties the inbox for good changes the state first
+            if self._state not in ("ready", "restarting"):  # under the lock: whoever empties the inbox for good changes the state first
                 raise self._refusal()
-            if self._waiting >= self._max_waiting:
+            if self._waiting + len(tickets) > self._max_waiting:
                 raise QueueFull(self._waiting)
             self._waiting += len(tickets)
             self._inbox.append(tickets)
-            self._changed.notify()
+            self._notify()
         self._open.update(tickets)
         return tickets
 
@@ -187,23 +148,29 @@ class Worker:
         with self._changed:
             if not ticket.ended:
                 self._cancelled.append(ticket)
-                self._changed.notify()
+                self._notify()
 
     def drain(self) -> None:
         """Take no new requests; those in flight go on."""
         with self._changed:
-            if self._state in ("loading", "ready"):
+            if self._state in ("loading", "ready", "restarting"):
                 self._state = "draining"
 
     def stop(self) -> None:
         """End the thread after its present step; requests still in flight get an error."""
         with self._changed:
             self._state = "stopped"
-            self._changed.notify()
+            self._notify()
 
     async def join(self, seconds: float) -> None:
         """Wait for the thread to end, at most so long: a model that is still loading is not waited for."""
         await asyncio.to_thread(self._thread.join, seconds)
+
+    def _notify(self) -> None:
+        """Let the thread look, also when it waits for an engine elsewhere. Call it with the lock held."""
+        self._changed.notify()
+        if self._served is not None and (wake := getattr(self._served.engine, "wake", None)) is not None:
+            wake()
 
     # -- the thread's side ------------------------------------------------------------------------------------------
 
@@ -219,22 +186,38 @@ class Worker:
     def _serve_until_failure(self) -> None:
         """Load an engine and work with it until the server stops or the engine raises."""
         began = time.monotonic()
+        again = self._served is not None
         self._served = self._load()
+        self._ledger.loaded(again)
+        self._ledger.engine_process = getattr(getattr(self._served.engine, "process", None), "pid", None)
         self._become("ready")
         self._on_ready(time.monotonic() - began)
         try:
             self._work(self._served.engine)
         except Exception as error:  # whatever it was, the engine's state can't be trusted any more
+            self._give_up(error)
+        finally:
+            if (close := getattr(self._served.engine, "close", None)) is not None:
+                close()
+
+    def _give_up(self, error: Exception) -> None:
+        """Tell everybody in flight, and those who come from now on to wait. Raises when another engine would fare no better."""
+        if not isinstance(error, EngineError):
             traceback.print_exc(file=sys.stderr)
-            name = type(error).__name__
-            say(f"the engine failed ({name}), {len(self._live) + sum(map(len, self._inbox))} requests end with an error; loading it again")
-            self._become("loading")
-            self._end_all(lambda: EngineError(f"the engine failed while it worked on this request ({name}): it may be sent again"))
-            self._served = self._busy = None
+        name = type(error).__name__ if not isinstance(error, EngineError) else str(error)
+        with self._changed:
+            self._become("restarting")
+            tickets = self._all_taken()
+        say(f"the engine failed ({name}), {len(tickets)} requests end with an error; loading it again")
+        self._end_with(tickets, lambda: EngineError(f"the engine failed while it worked on this request ({name}): it may be sent again"))
+        self._ledger.lost()
+        self._fruitless += 1
+        if self._fruitless >= MOST_FRUITLESS:
+            raise EngineError(f"{self._fruitless} engines in a row failed before they had done a step: {name}")
 
     def _become(self, state: State) -> None:
         with self._changed:
-            if state == "failed" or self._state in ("loading", "ready"):  # a server that stops does not become ready again
+            if state == "failed" or self._state in ("loading", "ready", "restarting"):  # a server that stops does not become ready again
                 self._state = state
 
     def _refusal(self) -> Capacity:
@@ -249,21 +232,20 @@ class Worker:
                 cancelled, self._cancelled = self._cancelled, []
             self._admit(engine)
             self._cancel(engine, cancelled)
-            began = time.monotonic()
             told = engine.step()
-            self._busy = engine.load_now()
-            self._note_started(began, self._busy.waiting, {item.request for item in told})
-            self._hand_out(told, time.monotonic())
+            if told:
+                self._fruitless = 0
+                self._hand_out(told, engine, time.monotonic())
 
     def _admit(self, engine: Engine) -> None:
         while self._inbox:
             tickets = self._inbox[0]  # they stay there until the engine has them, so that a failure finds them
             try:
                 numbers = engine.submit(tickets[0].ask)
+            except EngineError:
+                raise
             except LineshaftError as error:
-                for ticket in tickets:
-                    self._end(ticket, "error")
-                    self._post([(ticket, error)])
+                self._end_with(tickets, lambda error=error: error)  # type: ignore[misc]  # mypy does not infer lambdas with defaults
             else:
                 for ticket, number in zip(tickets, numbers, strict=True):
                     ticket.number = number
@@ -274,49 +256,41 @@ class Worker:
         for ticket in tickets:
             if not ticket.ended:
                 engine.cancel(ticket.number)
-                if ticket.answered and ticket.last_token is not None:
-                    self._metrics.observe("vllm:e2e_request_latency_seconds", ticket.last_token - ticket.arrived)
                 self._end(ticket, "stop" if ticket.answered else "abort")
 
-    def _note_started(self, began: float, waiting: int, emitted: set[int]) -> None:
-        """Find out which requests the step was the first to work on: all but the last ones in, as many as still wait."""
-        first = len(self._live) - waiting
-        for place, ticket in enumerate(self._live.values()):
-            if ticket.waits and (place < first or ticket.number in emitted):
-                self._no_longer_waits(ticket)
-                self._metrics.observe("vllm:request_queue_time_seconds", began - ticket.arrived)
-                self._metrics.count("vllm:prompt_tokens", len(ticket.ask.prompt))
-
-    def _hand_out(self, told: Sequence[Told], now: float) -> None:
+    def _hand_out(self, told: Sequence[Told], engine: Engine, now: float) -> None:
+        load = engine.load_now()
         events: list[tuple[Ticket, Event]] = []
         for item in told:
             ticket = self._live.get(item.request)
             if ticket is None:
                 continue  # cancelled
-            if isinstance(item, Started):
-                continue
-            if not isinstance(item, Emitted):
-                if isinstance(item, Pooled):
-                    self._end(ticket, "stop")
-                events.append((ticket, item))
-                continue
-            if ticket.last_token is None:
-                self._metrics.observe("vllm:time_to_first_token_seconds", now - ticket.arrived)
-            else:
-                self._metrics.observe("vllm:inter_token_latency_seconds", now - ticket.last_token)
-            ticket.last_token = now
-            if item.finish:
-                self._metrics.observe("vllm:e2e_request_latency_seconds", now - ticket.arrived)
-                self._end(ticket, item.finish)
-            events.append((ticket, item))
-        self._metrics.count("vllm:generation_tokens", sum(isinstance(item, Emitted) for item in told))
+            self._note_start(ticket, item, load.step_began or now)
+            if isinstance(item, Emitted):
+                self._ledger.token(ticket.times, now)
+                if item.finish:
+                    self._end(ticket, item.finish)
+            elif isinstance(item, Pooled):
+                self._end(ticket, "stop")
+            elif isinstance(item, Refused):
+                self._end(ticket, "error")
+            if not isinstance(item, Started):
+                events.append((ticket, revived(item.error, item.message, item.param) if isinstance(item, Refused) else item))
+        self._ledger.stepped(load, sum(isinstance(item, Emitted) for item in told))
         self._post(events)
+
+    def _note_start(self, ticket: Ticket, item: Told, began: float) -> None:
+        if isinstance(item, Started):
+            ticket.cached_tokens = item.cached
+        if ticket.waits and isinstance(item, Started | Emitted | PromptScored | Pooled):
+            self._no_longer_waits(ticket)
+            self._ledger.started(ticket.times, began, len(ticket.ask.prompt))
 
     def _end(self, ticket: Ticket, reason: str) -> None:
         ticket.ended = True
         self._no_longer_waits(ticket)
         self._live.pop(ticket.number, None)
-        self._metrics.count("vllm:request_success", finished_reason=reason)
+        self._ledger.ended(ticket.times, reason)
 
     def _no_longer_waits(self, ticket: Ticket) -> None:
         if ticket.waits:
@@ -324,15 +298,23 @@ class Worker:
             with self._changed:
                 self._waiting -= 1
 
+    def _all_taken(self) -> list[Ticket]:
+        """Everybody in the engine or before its door; the inbox is empty afterwards."""
+        with self._changed:
+            tickets = [*self._live.values(), *(ticket for waiting in self._inbox for ticket in waiting)]
+            self._inbox.clear()
+        return tickets
+
     def _end_all(self, why: Callable[[], LineshaftError]) -> None:
         """Answer everybody with an error. The state must be one that lets nobody in any more."""
-        tickets = [*self._live.values(), *(ticket for waiting in self._inbox for ticket in waiting)]
-        self._inbox.clear()
+        self._end_with(self._all_taken(), why)
+
+    def _end_with(self, tickets: Sequence[Ticket], why: Callable[[], LineshaftError]) -> None:
         for ticket in tickets:
             self._end(ticket, "error")
             self._post([(ticket, why())])
 
-    def _post(self, events: list[tuple[Ticket, Event]]) -> None:
+    def _post(self, events: list[tuple[Ticket, Any]]) -> None:
         if events and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, events)
 

@@ -14,7 +14,7 @@ from lineshaft.base.catalogue import metric
 
 Verdict = Literal["better", "worse", ""]
 
-SHARES = frozenset({"next_token_accuracy", "bits_per_byte_below_bigram", "quantised_share_of_fp32"})
+SHARES = frozenset({"next_token_accuracy", "bits_per_byte_below_bigram", "quantised_share_of_fp32", "goodput_share"})
 """Metrics between 0 and 1 that read best in percent; the catalogue gives them no unit, as it does perplexity."""
 
 _UNIT_SUFFIX = {"nats/token": "_nats_per_token", "bytes": "_bytes", "s": "_seconds", "tokens/s": "_tokens_per_second"}

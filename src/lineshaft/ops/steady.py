@@ -1,0 +1,118 @@
+"""Kernels for processors that give a row the same bits in any company: batch invariance.
+
+A product adds up each of its numbers in an order of its own, and PyTorch's libraries choose that order by the shape. Two
+facts make it the same for every row: with a number of rows that is a multiple of ROWS the order does not depend on how
+many there are, nor on where a row stands among them; and with a fixed number of inputs it does not depend on anything
+else. So rows are filled up to a multiple of ROWS, and sums over keys, of which every request has another number, are
+taken in blocks of KEYS at fixed places, added in order. What a token does not see counts as exactly zero there.
+
+Functions of single numbers are not safe either: PyTorch computes the last few of a tensor by other code than the rest.
+Filling up to whole vectors avoids that. `engine/warm.py` tries all of it on the machine at hand when an engine starts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lineshaft.ops import reference
+
+ROWS = 4
+"""Rows come in multiples of this: the height of the smallest block that the libraries multiply in."""
+KEYS = 128
+"""Keys that are added up together. At most the number of inputs that the libraries take at a time, or it would be cut by them."""
+_SMALL = 4096
+"""Products of so many multiplications or fewer go to other code of PyTorch, which adds in another order (bf16; in float32 up to 400)."""
+_STRIDE = 64
+"""PyTorch takes two vectors at a time, and single numbers by other code: bf16 in AVX-512 are the most, two times 32."""
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """See `reference.linear`."""
+    return F.linear(_enough(x_TI, weight_OI.numel()), weight_OI, bias_O)[: len(x_TI)]
+
+
+def linear_int8(x_TI: Tensor, packed_OJ: Tensor, scale_OG: Tensor, bias_O: Tensor | None) -> Tensor:
+    """See `reference.linear_int8`."""
+    return linear(x_TI, reference.unpack_int8(packed_OJ, scale_OG, x_TI.dtype), bias_O)
+
+
+def linear_fp8(x_TI: Tensor, weight_OI: Tensor, scale_BC: Tensor, block: tuple[int, int], bias_O: Tensor | None) -> Tensor:
+    """See `reference.linear_fp8`."""
+    return linear(x_TI, reference.unpack_fp8(weight_OI, scale_BC, block, x_TI.dtype), bias_O)
+
+
+def silu_mul(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+    """See `reference.silu_mul`."""
+    return F.silu(_whole_vectors(gate_TI))[: len(gate_TI)] * up_TI
+
+
+def sigmoid(x_TI: Tensor) -> Tensor:
+    """See `reference.sigmoid`."""
+    return _whole_vectors(x_TI).sigmoid()[: len(x_TI)]
+
+
+def by_head(x_THA: Tensor, weight_HAB: Tensor) -> Tensor:
+    """See `reference.by_head`."""
+    x_HRA = _enough(x_THA, weight_HAB[0].numel()).transpose(0, 1).contiguous()
+    return torch.bmm(x_HRA, weight_HAB).transpose(0, 1)[: len(x_THA)]
+
+
+def tile_gqa(q_NMHD: Tensor, pages_k: Tensor, pages_v: Tensor, slots_NS: Tensor, seen_NMS: Tensor, scale: float) -> Tensor:
+    """See `reference.tile_gqa`."""
+    heads, (tiles, queries) = pages_k.shape[-2], q_NMHD.shape[:2]
+    q_XRD = q_NMHD.float().view(tiles, queries, heads, -1, q_NMHD.shape[-1]).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    k_XSD, v_XSD = (_by_head(pages, slots_NS) for pages in (pages_k, pages_v))
+    out_XRD = _attended(q_XRD * scale, k_XSD, v_XSD, seen_NMS)
+    return out_XRD.view(tiles, heads, queries, -1, out_XRD.shape[-1]).transpose(1, 2).flatten(2, 3).to(q_NMHD.dtype)
+
+
+def tile_mla(q_NMHE: Tensor, pages: Tensor, slots_NS: Tensor, seen_NMS: Tensor, scale: float, latent: int) -> Tensor:
+    """See `reference.tile_mla`."""
+    tiles, queries, heads, width = q_NMHE.shape
+    entry_NSE = pages.flatten(0, 1)[slots_NS].float()
+    out_NRC = _attended(q_NMHE.float().view(tiles, queries * heads, width) * scale, entry_NSE, entry_NSE[..., :latent], seen_NMS)
+    return out_NRC.view(tiles, queries, heads, latent).to(q_NMHE.dtype)
+
+
+def filled(x_T: Tensor, step: int) -> Tensor:
+    """Rows of zeros added until their number is a multiple of `step`."""
+    missing = -len(x_T) % step
+    return F.pad(x_T, (*(0, 0) * (x_T.dim() - 1), 0, missing)) if missing else x_T
+
+
+def _enough(x_T: Tensor, products: int) -> Tensor:
+    """Rows added for a product of that many multiplications a row: to a multiple of ROWS, and to more than _SMALL of them."""
+    return filled(x_T, ROWS * max(1, -(-(_SMALL + 1) // (ROWS * products))))
+
+
+def _whole_vectors(x_TI: Tensor) -> Tensor:
+    """Rows added until the numbers are whole vectors, as many for each thread: threads get equal shares."""
+    lanes = _STRIDE * torch.get_num_threads()
+    return filled(x_TI, lanes // math.gcd(x_TI.shape[-1], lanes))
+
+
+def _by_head(pages: Tensor, slots_NS: Tensor) -> Tensor:
+    """float32 [N * K, S, D]: the entries in these slots, those of each head together."""
+    return pages.flatten(0, 1)[slots_NS].transpose(1, 2).float().flatten(0, 1)
+
+
+def _attended(q_XRD: Tensor, k_XSD: Tensor, v_XSV: Tensor, seen_NMS: Tensor) -> Tensor:
+    """Softmax attention of X independent sets of R queries, in float32; R is M queries of each of the heads that share a key head.
+
+    Sums over keys are of blocks of KEYS, added up in order. The greatest score is no sum, and the same in any order.
+    """
+    sets, rows, _ = q_XRD.shape
+    tiles, queries, keys = seen_NMS.shape
+    scores_XRS = torch.bmm(F.pad(q_XRD, (0, 0, 0, -rows % ROWS)), k_XSD.transpose(1, 2))
+    by_query = scores_XRS.view(tiles, sets // tiles, -1, keys)[:, :, :rows].view(tiles, sets // tiles, queries, rows // queries, keys)
+    by_query.masked_fill_(~seen_NMS[:, None, :, None], -torch.inf)
+    chances = scores_XRS.sub_(scores_XRS.amax(-1, keepdim=True)).exp_()
+    total_XR1 = chances.view(sets, -1, keys // KEYS, KEYS).sum(-1).cumsum(-1)[..., -1:]  # cumsum goes from the first to the last
+    out_XRV = torch.bmm(chances[..., :KEYS], v_XSV[:, :KEYS])
+    for start in range(KEYS, keys, KEYS):
+        out_XRV.add_(torch.bmm(chances[..., start : start + KEYS], v_XSV[:, start : start + KEYS]))
+    return (out_XRV / total_XR1)[:, :rows]

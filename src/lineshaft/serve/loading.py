@@ -1,0 +1,39 @@
+"""Loading an engine for the server: the one module of the serve package that needs torch, imported in the engine's process alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.loop import Engine
+from lineshaft.engine.warm import told, warm_up
+from lineshaft.model.cost import cost_of
+from lineshaft.ops.table import chosen, steady
+from lineshaft.serve.frames import Ready
+from lineshaft.text import contract
+
+
+def loaded(folder: Path, config: EngineConfig) -> tuple[Engine, Ready]:
+    """The engine for a checkpoint, warm, and what the server is told of it.
+
+    Raises BrokenContract when the tokenizer gives other tokens than the model was trained on, DoesNotFit, ModelError, ConfigError.
+    """
+    began = time.monotonic()
+    contract.check_folder(folder)
+    engine = Engine.load(folder, config)
+    loaded_at = time.monotonic()
+    same = warm_up(engine)
+    with steady(config.batch_invariant):
+        kernels = ", ".join(f"{op} {origin}" for op, origin in chosen("cpu").items())
+    weights = sum(tensor.nbytes for tensor in engine.model.state_dict().values())
+    cost, cache = cost_of(engine.model.config), engine.runner.cache
+    lines = [f"kernels: {kernels}", told(same), f"loaded in {loaded_at - began:.1f} s, warm {time.monotonic() - loaded_at:.1f} s later"]
+    ready = Ready(
+        context_tokens=engine.context_tokens,
+        weight_bytes=weights,
+        bits_per_weight=8 * weights / cost.parameters,
+        kv_bytes_per_token=float(cost.kv_numbers_per_token * cache.dtype.itemsize),
+        told=lines,
+    )
+    return engine, ready

@@ -1,0 +1,160 @@
+"""A request's answer is the same bits alone and in any company: ids, log-probabilities, embeddings (row E15)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from lineshaft.engine import runner
+from lineshaft.engine.cache import page_bytes
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.loop import Engine
+from lineshaft.engine.warm import told, warm_up
+from lineshaft.model.decoder import Decoder
+from lineshaft.ops import steady
+from lineshaft.sched.request import Ask, Emitted, Event, Sampling
+
+Tiny = Callable[..., Decoder]
+VOCABULARY = 61
+REQUESTS = 200
+FAMILIES = ["deepseek_v3", "llama", "qwen3_moe", "deepseek_v32", "mistral"]
+
+
+@dataclass
+class Told:
+    """What one request was told."""
+
+    tokens: list[int] = field(default_factory=list)
+    chances: list[object] = field(default_factory=list)
+
+
+def engine_of(model: Decoder, pages: int, **limits: object) -> Engine:
+    dtype = next(model.parameters()).dtype
+    size = pages * page_bytes(model.config, 4, dtype)
+    return Engine(model, EngineConfig(page_tokens=4, cache_bytes=size, scheduler=limits), clock=lambda: 0.0)
+
+
+def asks() -> list[Ask]:
+    """Random lengths and settings; many begin alike."""
+    luck = random.Random(11)
+    beginnings = [[luck.randrange(VOCABULARY) for _ in range(30)] for _ in range(4)]
+    made = []
+    for seed in range(REQUESTS):
+        own = [luck.randrange(VOCABULARY) for _ in range(luck.randint(1, 20))]
+        prompt = luck.choice(beginnings)[: luck.randint(0, 30)] + own
+        sampling = Sampling(
+            max_tokens=luck.randint(1, 20),
+            temperature=luck.choice([0.0, 0.7, 1.5]),
+            top_p=luck.choice([1.0, 0.9]),
+            top_k=luck.choice([0, 20]),
+            repetition_penalty=luck.choice([1.0, 1.3]),
+            presence_penalty=luck.choice([0.0, 0.5]),
+            logit_bias=luck.choice([{}, {3: 2.0}]),
+            seed=seed,
+            logprobs=luck.choice([0, 3]),
+            ignore_eos=True,
+        )
+        made.append(Ask(prompt, sampling, priority=luck.choice([0, 0, 0, 1]), task=luck.choice(["generate", "generate", "score"])))
+    return made
+
+
+def take(told: dict[int, Told], events: list[Event]) -> None:
+    for event in events:
+        if isinstance(event, Emitted):
+            told.setdefault(event.request, Told()).tokens.append(event.token)
+            told[event.request].chances.append(event.score)
+
+
+def alone(model: Decoder, ask: Ask) -> Told:
+    """In one go, in an engine of its own, without a cache to find anything in."""
+    engine, told = engine_of(model, 60, prefix_cache=False), {}
+    engine.submit(ask)
+    while not engine.idle:
+        take(told, list(engine.step()))
+    return told[1]
+
+
+def in_company(model: Decoder, made: list[Ask], cancelled: set[int]) -> tuple[dict[int, Told], Engine]:
+    """Staggered, chunked, preempted, from the cache; some are cancelled on the way."""
+    luck = random.Random(5)
+    engine, told = engine_of(model, 110, max_batch=32, step_tokens=37), {}
+    left = list(made)[::-1]
+    while left or not engine.idle:
+        for _ in range(luck.randint(0, 4)):
+            if left and len(engine.scheduler.waiting) < 20:
+                (number,) = engine.submit(left.pop())
+                assert number == len(made) - len(left)
+        take(told, list(engine.step()))
+        for number in list(told):
+            if number in cancelled and len(told[number].tokens) >= 2:
+                engine.cancel(number)
+        engine.scheduler.check()
+    assert all(pool.available == pool.pages for pool in engine.scheduler.pools)
+    return told, engine
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, torch.float32) for family in FAMILIES), ("llama", torch.bfloat16), ("deepseek_v3", torch.bfloat16)]
+)
+def test_200_staggered_requests_get_the_bits_that_each_gets_alone(tiny: Tiny, family: str, dtype: torch.dtype) -> None:
+    model, made = tiny(family).to(dtype), asks()
+    cancelled = set(range(5, REQUESTS, 17))
+    heard, engine = in_company(model, made, cancelled)
+    load = engine.load_now()
+    assert load.prefix_hit_tokens > 100
+    assert load.preemptions > 0 or all(group.forgets for group in engine.scheduler.groups)
+    for number, ask in enumerate(made, 1):
+        wanted = alone(model, ask)
+        if number in cancelled:
+            length = len(heard[number].tokens)
+            wanted = Told(wanted.tokens[:length], wanted.chances[:length])
+        assert heard[number] == wanted, f"request {number} of {family}"
+
+
+@pytest.mark.parametrize("planted", ["rows not filled up", "keys in blocks that hang on the length"])
+def test_the_comparison_finds_a_planted_bug(tiny: Tiny, planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if planted == "rows not filled up":
+        monkeypatch.setattr(steady, "ROWS", 1)
+        monkeypatch.setattr(steady, "_SMALL", 0)
+        monkeypatch.setattr(runner, "ROWS", 1)
+    else:
+        monkeypatch.setattr(steady, "_attended", _whole_softmax)
+    model, made = tiny("llama"), asks()[:60]
+    heard, _ = in_company(model, made, set())
+    assert any(heard[number] != alone(model, ask) for number, ask in enumerate(made, 1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_warming_up_finds_the_same_bits_and_leaves_nothing_behind(tiny: Tiny, family: str) -> None:
+    engine = engine_of(tiny(family), 60)
+    before = engine.load_now()
+    assert warm_up(engine) is True
+    assert engine.load_now() == before
+    assert engine.idle
+
+
+def test_warming_up_finds_a_machine_whose_library_adds_up_by_shape(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steady, "ROWS", 1)
+    monkeypatch.setattr(steady, "_SMALL", 0)
+    monkeypatch.setattr(runner, "ROWS", 1)
+    assert warm_up(engine_of(tiny("llama"), 60)) is False
+
+
+def test_an_engine_that_promises_nothing_says_so(tiny: Tiny) -> None:
+    engine = Engine(tiny("llama"), EngineConfig(batch_invariant=False))
+    assert warm_up(engine) is None
+    assert "may depend" in told(None)
+
+
+def _whole_softmax(q_XRD: torch.Tensor, k_XSD: torch.Tensor, v_XSV: torch.Tensor, seen_NMS: torch.Tensor) -> torch.Tensor:
+    """Attention as one writes it down: the keys of the longest are one sum, and so are those of the shorter ones beside it."""
+    sets, rows, _ = q_XRD.shape
+    tiles, queries, keys = seen_NMS.shape
+    seen = seen_NMS[:, None, :, None].expand(tiles, sets // tiles, queries, rows // queries, keys).reshape(sets, rows, keys)
+    used = seen.any(1).any(0)
+    scores = (q_XRD @ k_XSD[:, used].transpose(1, 2)).masked_fill(~seen[..., used], -torch.inf)
+    return scores.softmax(-1) @ v_XSV[:, used]

@@ -1,0 +1,6 @@
+"""pytest's importlib mode does not find helpers beside the tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
