@@ -1,5 +1,6 @@
 """Files of requests: the same answers as over HTTP, in order, and a run that was killed goes on."""
 
+import hashlib
 import json
 import re
 import signal
@@ -91,10 +92,10 @@ def test_what_the_server_would_refuse_is_refused_in_its_place(tmp_path):
 
 
 def test_more_than_the_queue_holds_are_all_answered(tmp_path):
-    source = written(tmp_path / "in.jsonl", [request(f"r{number}", n=32) for number in range(8)])
+    source = written(tmp_path / "in.jsonl", [request(f"r{number}", n=2) for number in range(24)])
 
     def worker():
-        return Worker(lambda: Served(FakeEngine(), tokenizer()), Metrics(MODEL), 2)
+        return Worker(lambda: Served(FakeEngine(), tokenizer()), Metrics(MODEL), 4)
 
     assert answer_file(worker, MODEL, source, tmp_path / "out.jsonl", BatchConfig()).refused == 0
 
@@ -175,6 +176,14 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(source, tmp_
     assert tally.earlier == kept >= 4
     assert without_ids(target) == without_ids(tmp_path / "whole.jsonl")
     assert not part.exists()
+
+
+def test_an_answer_that_lost_only_the_end_of_its_line_is_given_again(source, tmp_path):
+    target, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    header = json.dumps({"input_sha256": hashlib.sha256(source.read_bytes()).hexdigest(), "model": MODEL}, separators=(",", ":"))
+    part.write_text(header + '\n{"custom_id":"r0","kept":true}\n{"custom_id":"r1","kept":true}')
+    assert answered(source, target, FakeEngine()).earlier == 1
+    assert [item.get("kept", False) for item in answers(target)] == [True] + [False] * 11
 
 
 def test_a_run_killed_at_every_step_loses_nothing_that_it_kept(tmp_path):

@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import MODEL, serving, until
 
-from lineshaft.sched.request import Emitted
-from lineshaft.serve.answer import Telling
+from lineshaft.sched.request import Emitted, Score
+from lineshaft.serve.answer import Piece, Scored, Telling
+from lineshaft.serve.names import Names as Named
+from lineshaft.serve.replies import Usage
+from lineshaft.serve.voice import ChatVoice, CompletionVoice
 
 ASK = {"model": MODEL, "prompt": "hello", "max_tokens": 64}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
@@ -145,6 +148,23 @@ def test_the_prompt_alone_can_be_scored(world):
     assert [choice.finish_reason for choice in answer.choices] == ["length"] * 2
     assert answer.choices[1].logprobs.token_logprobs == [None, *(score(token, 1).logprob for token in ids[1:])]
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (2 * len(ids), 0)
+
+
+def test_where_two_tokens_have_one_name_the_likelier_is_told():
+    class Names:
+        def name(self, token):
+            return "same" if token < 9 else "other"
+
+    piece = Piece(0, "x", [Scored(2, Score(-3.0, ((1, -0.5), (9, -1.0))), 0)], "stop")
+    choice = CompletionVoice("m", Names()).whole([piece], Usage(1, 1, 2)).choices[0]
+    assert choice.logprobs.top_logprobs == [{"same": -0.5, "other": -1.0}]
+    assert choice.logprobs.token_logprobs == [-3.0]
+
+
+def test_a_token_that_can_never_come_has_a_number_all_the_same():
+    piece = Piece(0, "x", [Scored(5, Score(float("-inf"), ()), 0)], "stop")
+    told = ChatVoice("m", Named(tokenizer())).whole([piece], Usage(1, 1, 2)).choices[0].logprobs.content[0]
+    assert told.logprob == -9999.0
 
 
 def test_nothing_asked_for_is_refused(world):

@@ -1,5 +1,6 @@
 """What is over a limit is refused with its reason, and the engine stops working on it."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -10,7 +11,9 @@ import pytest
 from fake_engine import TEXT, FakeEngine, tokenizer
 from world import MODEL, serving, until
 
+from lineshaft.base.errors import Capacity
 from lineshaft.serve.limits import Limits
+from lineshaft.serve.pending import Deadline
 
 ASK = {"model": MODEL, "prompt": "hello", "max_tokens": 64}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
@@ -106,7 +109,7 @@ def test_a_body_that_does_not_arrive_is_408_and_the_connection_is_closed():
 
 def test_a_client_that_does_not_read_its_stream_is_let_go(monkeypatch):
     monkeypatch.setattr("lineshaft.serve.api._SLOW_READER_SECONDS", 0.2)
-    with serving(FakeEngine(text="x" * 200), limits=Limits(request_seconds=0.5)) as world:
+    with serving(FakeEngine(text="x" * 200, slots=64), limits=Limits(request_seconds=1.0)) as world:
         host, port = world.url.removeprefix("http://").split(":")
         body = json.dumps({**ASK, "max_tokens": 200, "stream": True, "logprobs": 20, "n": 60}).encode()
         with socket.socket() as client:
@@ -119,6 +122,21 @@ def test_a_client_that_does_not_read_its_stream_is_let_go(monkeypatch):
             until(lambda: not world.worker.in_flight)
             assert time.monotonic() - began < 10
         assert world.client().completions.create(model=MODEL, prompt="x").choices
+
+
+def test_a_request_that_used_up_its_time_before_it_began_is_408():
+    async def late():
+        clock = Deadline(arrived=time.monotonic() - 10, seconds=5)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await clock.keep(at_once())
+
+    async def at_once():
+        return "an answer"
+
+    with pytest.raises(Capacity) as caught:
+        asyncio.run(late())
+    assert caught.value.status == 408
 
 
 def test_a_size_told_in_advance_is_refused_before_anything_is_read():
