@@ -8,6 +8,7 @@ import platform
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,15 @@ def _droppable(group: Path) -> int:
     except OSError:
         return 0
     return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
+
+
+@cache
+def made_by_amd() -> bool:
+    """Is the processor AMD's? Their units for bf16 differ in speed from Intel's under the same name. False where Linux does not tell."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def _cpu_name() -> str:
