@@ -129,7 +129,7 @@ async def _server(orders: Orders, ready_limit: float) -> AsyncIterator[tuple[str
     finally:
         if child.returncode is None:
             child.kill()
-            await child.wait()
+        await child.communicate()  # not `wait`: a pipe still open when the event loop ends can't be closed any more
 
 
 async def _port(child: Process, orders: Orders) -> int:
