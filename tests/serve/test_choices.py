@@ -135,8 +135,8 @@ def test_echo_with_logprobs_scores_the_prompt_and_its_first_token_has_none(world
     told, prompt = choice.logprobs, world.engine.submitted[-1].prompt
     assert world.engine.submitted[-1].ask.task == "score"
     assert (told.tokens[0], told.token_logprobs[0], told.top_logprobs[0]) == ("<bos>", None, None)
-    assert told.token_logprobs[1:] == [score(token, 2).logprob for token in [*prompt[1:], *WORDS]]
-    for name, offset in zip(told.tokens[1:], told.text_offset[1:], strict=True):
+    assert told.token_logprobs[1:] == [score(token, 2).logprob for token in [*prompt[1:], *WORDS, tokenizer().eos_id]]
+    for name, offset in zip(told.tokens[1:-1], told.text_offset[1:-1], strict=True):
         assert name.startswith("bytes:") or choice.text.startswith(name, offset)
 
 
@@ -177,7 +177,7 @@ def test_each_choice_of_a_scored_prompt_has_the_scores_and_its_own_seed(world):
     asks = [request.ask for request in world.engine.submitted[-4:]]
     assert [(ask.task, ask.copies, ask.sampling.seed) for ask in asks] == [("score", 1, (1 << 63) - 1), ("score", 1, -(1 << 63))] * 2
     assert [choice.text for choice in answer.choices] == ["a" + TEXT] * 2 + ["b" + TEXT] * 2
-    assert all(len(choice.logprobs.tokens) == len(WORDS) + 2 for choice in answer.choices)
+    assert all(len(choice.logprobs.tokens) == len(WORDS) + 3 for choice in answer.choices)
     assert answer.usage.prompt_tokens == 4
 
 
@@ -187,7 +187,7 @@ def test_a_streamed_echo_begins_with_the_prompt(world, logprobs):
     assert "".join(chunk.choices[0].text for chunk in chunks) == "hello" + TEXT
     offsets = [place for chunk in chunks if chunk.choices[0].logprobs for place in chunk.choices[0].logprobs.text_offset]
     assert offsets == sorted(offsets)
-    assert len(offsets) == (len(world.engine.submitted[-1].prompt) + len(WORDS) if logprobs else 0)
+    assert len(offsets) == (len(world.engine.submitted[-1].prompt) + len(WORDS) + 1 if logprobs else 0)
 
 
 def test_chat_logprobs_hold_the_bytes_of_each_token_and_streaming_tells_the_same(world):

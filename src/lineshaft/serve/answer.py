@@ -56,6 +56,7 @@ class Telling:
     def __init__(self, choice: int, tokenizer: Decodes, stops: Sequence[str], echo: Echo | None = None) -> None:
         self.choice = choice
         self._tokenizer, self._echo = tokenizer, echo
+        self._tells_end = echo is not None  # evaluation harnesses take the last token for the one that they did not ask for
         self._detokenizer = Detokenizer(tokenizer)
         self._scanner = StopScanner(stops)
         self._decoded = self._shown = len(echo.text) if echo else 0
@@ -85,8 +86,8 @@ class Telling:
     def _push(self, emitted: Emitted) -> str:
         """Take a token. Returns the text that can be shown now."""
         self.tokens += 1
-        is_text = emitted.finish != "stop"  # the token that the model ends with says "stop" and nothing else
-        if is_text and emitted.score:
+        is_text = emitted.finish != "stop"  # the token that the model ends with has a likelihood, but no text
+        if emitted.score and (is_text or self._tells_end):
             self._held.append(Scored(emitted.token, emitted.score, self._decoded))
         text = self._detokenizer.push(emitted.token) if is_text else ""
         if emitted.finish:
