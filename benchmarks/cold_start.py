@@ -42,9 +42,7 @@ def write_tokenizer(folder: Path) -> None:
     library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     texts = (path.read_text("utf-8", "ignore") for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
     library.train_from_iterator(texts, trainer)
     library.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
@@ -133,7 +131,8 @@ def main() -> None:
                 middle = {key: statistics.median(run[key] for run in found) for key in found[0]}
                 spread = (max(run["ready"] for run in found) - min(run["ready"] for run in found)) / middle["ready"]
                 shown.append(
-                    f"{which} start ready {middle['ready']:.2f} s, first token {middle['token']:.2f} s (listening {middle['listening']:.2f}, "
+                    f"{which} start ready {middle['ready']:.2f} s, first token {middle['token']:.2f} s "
+                    f"(listening {middle['listening']:.2f}, "
                     f"load {middle['load']:.1f}, warm-up {middle['warm']:.1f}; spread {spread:.0%})"
                 )
             print(
