@@ -102,6 +102,11 @@ def test_the_coldest_temperature_takes_the_most_likely_token_and_never_breaks(te
     assert truncated(values, Sampling(temperature=temperature)).tolist() == [0.0, 1.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("top_p", [1e-300, 1e-46, 5e-324])
+def test_the_smallest_top_p_takes_the_most_likely_token(top_p: float) -> None:
+    assert truncated(torch.tensor([0.0, 2.0, 1.0]), Sampling(top_p=top_p)).tolist() == [0.0, 1.0, 0.0]
+
+
 def test_the_hottest_temperature_makes_all_tokens_equal() -> None:
     torch.testing.assert_close(truncated(torch.tensor([5.0, -5.0]), Sampling(temperature=1e300)), torch.tensor([0.5, 0.5]))
 

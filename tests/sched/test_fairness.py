@@ -87,7 +87,8 @@ def test_presets_keep_the_caps_of_32_and_64() -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "told"), [({"preset": "fast"}, "preset"), ({"start_batch": 9, "max_batch": 8}, "start_batch 9 must not be more"), ({"cap": 1}, "cap")]
+    ("table", "told"),
+    [({"preset": "fast"}, "preset"), ({"start_batch": 9, "max_batch": 8}, "start_batch 9 must not be more"), ({"cap": 1}, "cap")],
 )
 def test_settings_that_mean_nothing_are_refused(table: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError, match=told):

@@ -126,7 +126,7 @@ def test_a_copy_goes_on_alone_when_the_first_is_cancelled() -> None:
 
 
 def test_a_windows_pages_come_free_behind_it_and_its_first_tokens_stay() -> None:
-    world = World(pages=12, page_tokens=2, reaches=[Window(window=5, global_tokens=3)])
+    world = World(pages=12, page_tokens=2, reaches=[Window(window=5, global_tokens=3)], step_tokens=8)
     number = world.submit([1] * 30, max_tokens=20)
     held = []
     while number not in world.ends:

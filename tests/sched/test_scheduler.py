@@ -49,7 +49,7 @@ class AnyTraffic(RuleBasedStateMachine):
         limits = scheduler.config
         needs = [group.most_pages(len(prompt) + max_tokens - 1, limits.step_tokens, world.page_tokens) for group in scheduler.groups]
         fits = max(needs) <= world.pool.pages
-        room = len(scheduler.waiting) + copies <= limits.max_waiting
+        room = not scheduler.waiting or len(scheduler.waiting) + copies <= limits.max_waiting
         before = list(scheduler.waiting)
         if fits and room:
             world.submit(prompt, max_tokens, copies=copies, **how)

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lineshaft.sched.load import Load
-from lineshaft.sched.request import Emitted, Sampling
+from lineshaft.sched.request import Ask, Emitted, Pooled, PromptScored, Score
 from lineshaft.text.tokenizer import Tokenizer
 
 TEMPLATE = """\
@@ -35,9 +35,27 @@ def tokenizer():
 
 @dataclass
 class Request:
-    prompt: list[int]
-    sampling: Sampling
+    ask: Ask
     said: int = 0
+
+    @property
+    def prompt(self):
+        return self.ask.prompt
+
+    @property
+    def sampling(self):
+        return self.ask.sampling
+
+
+def score(token, most):
+    """A likelihood that depends on the token only; the likeliest is the token after it in the vocabulary."""
+    logprob = -1 - token % 7 / 8
+    return Score(logprob, tuple(((token + 1 + place) % tokenizer().vocab_size, logprob + 0.5 - place / 8) for place in range(most)))
+
+
+def embedding(prompt):
+    """What this engine says of a prompt."""
+    return [float(len(prompt)), float(sum(prompt)), 0.1]
 
 
 @dataclass
@@ -74,7 +92,7 @@ class FakeEngine:
             raise self.refusal
         numbers = range(len(self.submitted), len(self.submitted) + ask.copies)
         for number in numbers:
-            self.submitted.append(Request(ask.prompt, ask.sampling))
+            self.submitted.append(Request(ask))
             self.requests[number] = self.submitted[-1]
         self._notify()
         return list(numbers)
@@ -93,9 +111,9 @@ class FakeEngine:
         self.steps += 1
         if self.steps == self.break_at:
             raise RuntimeError("a kernel failed on secret text")
-        emitted = [self._say(number, request) for number, request in list(self.requests.items())[: self.slots]]
+        told = [event for number, request in list(self.requests.items())[: self.slots] for event in self._work(number, request)]
         self._notify()
-        return emitted
+        return told
 
     def load_now(self):
         running = min(self.slots, len(self.requests))
@@ -106,7 +124,17 @@ class FakeEngine:
         with self.changed:
             assert self.changed.wait_for(lambda: until(self), timeout=10)
 
-    def _say(self, number, request):
+    def _work(self, number, request):
+        most = request.sampling.logprobs
+        if request.ask.task == "embed":
+            del self.requests[number]
+            yield Pooled(number, embedding(request.prompt))
+            return
+        if request.ask.task == "score" and not request.said:
+            yield PromptScored(number, [None, *(score(token, most) for token in request.prompt[1:])])
+        yield self._say(number, request, most)
+
+    def _say(self, number, request, most):
         token = self._script[request.said % len(self._script)]
         request.said += 1
         finish = "length" if request.said == request.sampling.max_tokens else None
@@ -115,7 +143,7 @@ class FakeEngine:
             finish = "stop"
         if finish:
             del self.requests[number]
-        return Emitted(number, token, finish)
+        return Emitted(number, token, finish, None if most is None else score(token, most))
 
     def _notify(self):
         with self.changed:

@@ -16,7 +16,10 @@ from world import MODEL, serving, until
 
 from lineshaft.base.catalogue import CATALOGUE
 from lineshaft.base.errors import CacheFull
-from lineshaft.serve.wire import ChatAsked, ErrorAnswer
+from lineshaft.sched.request import Sampling
+from lineshaft.serve.limits import Limits
+from lineshaft.serve.replies import ErrorAnswer
+from lineshaft.serve.wire import ChatAsked
 
 ASK = {"model": MODEL, "prompt": "hello", "max_tokens": 64}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
@@ -125,12 +128,14 @@ def test_a_prompt_may_be_a_text_or_ids_alone_or_in_a_list(world, prompt):
 
 
 def test_sampling_fields_reach_the_engine_and_vllms_all_is_ours(world):
-    extra = {"top_k": -1, "min_p": 0.1, "ignore_eos": True, "stop_token_ids": [7]}
-    world.client().completions.create(**ASK, temperature=0, top_p=0.5, seed=-3, user="u", extra_body=extra)
-    sampling = world.engine.submitted[-1].sampling
-    assert sampling.model_dump() == {
-        "max_tokens": 64, "temperature": 0.0, "top_k": 0, "top_p": 0.5, "min_p": 0.1, "seed": -3, "stop_token_ids": [7], "ignore_eos": True,
-    }  # fmt: skip
+    extra = {"top_k": -1, "min_p": 0.1, "ignore_eos": True, "stop_token_ids": [7], "repetition_penalty": 1.1, "priority": -2}
+    biased = {"presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"7": -100, "8": 2.5}, "logprobs": 3}
+    world.client().completions.create(**ASK, temperature=0, top_p=0.5, seed=-3, user="u", **biased, extra_body=extra)
+    assert world.engine.submitted[-1].sampling == Sampling(
+        max_tokens=64, temperature=0.0, top_k=0, top_p=0.5, min_p=0.1, seed=-3, stop_token_ids=[7], ignore_eos=True,
+        repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=-1.0, logit_bias={7: -100.0, 8: 2.5}, logprobs=3,
+    )  # fmt: skip
+    assert world.engine.submitted[-1].ask.priority == -2
 
 
 def test_fields_that_ask_for_what_happens_anyway_are_taken(world):
@@ -176,12 +181,15 @@ def test_text_that_only_began_like_a_stop_string_is_shown_in_the_end(world):
     [
         ("max_tokens", -1), ("max_tokens", 0), ("max_tokens", 1.5), ("max_tokens", "7"), ("max_tokens", True), ("max_tokens", 1 << 80),
         ("temperature", -0.1), ("temperature", 2.1), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 2),
-        ("prompt", ""), ("prompt", []), ("prompt", [[]]), ("prompt", 3), ("prompt", [-1]), ("prompt", [10_000]), ("prompt", ["a", "b"]),
+        ("prompt", ""), ("prompt", []), ("prompt", [[]]), ("prompt", 3), ("prompt", [-1]), ("prompt", [10_000]), ("prompt", ["a", [1]]),
         ("prompt", [True]), ("prompt", ["a", 1]), ("prompt", None), ("stop", ""), ("stop", ["a"] * 17), ("stop", 3),
         ("seed", 1 << 64), ("seed", "x"),
         ("stream", "yes"), ("stream_options", {"include_usage": True}), ("stop_token_ids", [10_000]), ("stop_token_ids", "x"), ("user", 3),
-        ("n", 2), ("n", True), ("best_of", 2), ("logprobs", 0), ("logprobs", 5), ("echo", True), ("suffix", "x"), ("tools", [{}]),
-        ("response_format", {"type": "json_object"}), ("logit_bias", {"1": 2}), ("presence_penalty", 0.5), ("frequency_penalty", -1),
+        ("n", 0), ("n", True), ("n", 65), ("best_of", 2), ("logprobs", -1), ("logprobs", 21), ("logprobs", True), ("echo", 1),
+        ("suffix", "x"), ("tools", [{}]), ("response_format", {"type": "json_object"}), ("logit_bias", {"x": 2}),
+        ("logit_bias", {"1": 101}), ("logit_bias", {"10000": 1}), ("logit_bias", {"01": 1}),
+        ("logit_bias", [1]), ("presence_penalty", 2.1), ("frequency_penalty", -3),
+        ("repetition_penalty", 0), ("priority", 1 << 40), ("stream_options", {"continuous_usage_stats": True}), ("top_logprobs", 2),
         ("messages", []), ("no_such_field", 1), ("temperatur", 1),
     ],
 )  # fmt: skip
@@ -256,7 +264,7 @@ def test_a_body_over_the_limit_is_refused_whether_its_size_was_told_or_not():
         for _ in range(100):
             yield b" " * 100
 
-    with serving(FakeEngine(), max_body_bytes=2000) as world:
+    with serving(FakeEngine(), limits=Limits(max_body_bytes=2000)) as world:
         for body in (b" " * 2001, pieces()):
             status, _, answer = world.call("POST", "/v1/completions", data=body, headers={"content-type": "application/json"})
             assert (status, answer["error"]["code"]) == (413, "request_too_large")
@@ -295,6 +303,17 @@ def test_a_full_queue_is_429_with_a_time_to_come_back():
 def test_a_request_that_never_fits_the_cache_is_429():
     with serving(FakeEngine(refusal=CacheFull(9, 4))) as world, pytest.raises(openai.RateLimitError, match="9 cache pages"):
         world.client().completions.create(**ASK, stream=True)
+
+
+def test_a_model_that_still_loads_is_a_server_error_that_the_client_may_retry():
+    loading = threading.Event()
+    with serving(load=loading.wait) as world:
+        with pytest.raises(openai.InternalServerError) as caught:
+            world.client().embeddings.create(model=MODEL, input="x")
+        assert (caught.value.status_code, caught.value.code) == (503, "not_ready")
+        assert caught.value.response.headers["retry-after"]
+        world.worker.stop()
+        loading.set()
 
 
 VALUES = st.recursive(

@@ -13,6 +13,7 @@ import uvicorn
 from fake_engine import FakeEngine, tokenizer
 
 from lineshaft.serve.api import Api
+from lineshaft.serve.limits import Limits
 from lineshaft.serve.metrics import Metrics
 from lineshaft.serve.served import Served
 from lineshaft.serve.worker import Worker
@@ -57,13 +58,13 @@ class World:
 
 
 @contextmanager
-def serving(*engines, max_waiting=64, max_body_bytes=1 << 20, load=None):
+def serving(*engines, max_waiting=64, limits=None, load=None):
     """Serve with these engines, each taking over when the one before has failed."""
     left = iter(engines)
     metrics = Metrics(MODEL)
     worker = Worker(load or (lambda: Served(used.append(next(left)) or used[-1], tokenizer())), metrics, max_waiting)
     used: list[FakeEngine] = []
-    app = Api(worker, MODEL, metrics, max_body_bytes).app()
+    app = Api(worker, MODEL, metrics, limits or Limits(max_body_bytes=1 << 20)).app()
     config = uvicorn.Config(app, lifespan="on", log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     listener = socket.create_server(("127.0.0.1", 0))

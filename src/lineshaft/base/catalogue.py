@@ -105,9 +105,7 @@ _SERVER = (
     Metric(
         "vllm:request_prefill_time_seconds", "From the first step to the first token", "s", "lower", "histogram", ("model_name",), _LATENCY
     ),
-    Metric(
-        "vllm:request_decode_time_seconds", "From the first token to the last", "s", "lower", "histogram", ("model_name",), _LATENCY
-    ),
+    Metric("vllm:request_decode_time_seconds", "From the first token to the last", "s", "lower", "histogram", ("model_name",), _LATENCY),
     Metric("vllm:request_prompt_tokens", "Tokens of a prompt", "tokens", "neither", "histogram", ("model_name",), _COUNTS),
     Metric("vllm:request_generation_tokens", "Tokens of an answer", "tokens", "neither", "histogram", ("model_name",), _COUNTS),
     Metric("vllm:iteration_tokens_total", "Tokens run in a step", "tokens", "neither", "histogram", ("model_name",), _COUNTS),

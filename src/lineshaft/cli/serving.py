@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -30,14 +31,19 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a checkpoint over an OpenAI-compatible API, until Ctrl-C."""
-    table: Table = {"server": {"host": host, "port": port}, "engine": {"dtype": dtype}}
-    for text in assignments or []:
-        table = merge(table, nest(*parse_assignment(text)))
-    if unknown := sorted(table.keys() - set(SECTIONS)):
-        raise ConfigError(f'--set "{unknown[0]}": unknown; begin with {" or ".join(f"{section}." for section in SECTIONS)}')
+    table = with_assignments({"server": {"host": host, "port": port}, "engine": {"dtype": dtype}}, assignments, SECTIONS)
     server, engine = load(ServeConfig, table["server"], "server"), load(EngineConfig, table["engine"], "engine")
     folder, name = checkpoint_folder(path, store)
     run_server(folder, name, server, engine)
+
+
+def with_assignments(table: Table, assignments: Sequence[str] | None, sections: Sequence[str]) -> Table:
+    """The table with what `--set` says laid on it. Raises ConfigError for a section that the command does not have."""
+    for text in assignments or []:
+        table = merge(table, nest(*parse_assignment(text)))
+    if unknown := sorted(table.keys() - set(sections)):
+        raise ConfigError(f'--set "{unknown[0]}": unknown; begin with {" or ".join(f"{section}." for section in sections)}')
+    return table
 
 
 def checkpoint_folder(path: str, store: Path) -> tuple[Path, str]:

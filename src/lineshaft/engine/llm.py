@@ -1,7 +1,7 @@
 """The offline API: prompts in, answers out, no server.
 
-    from lineshaft.engine.llm import LLM
-    print(LLM("path/to/checkpoint").generate(["Return the"])[0].text)
+from lineshaft.engine.llm import LLM
+print(LLM("path/to/checkpoint").generate(["Return the"])[0].text)
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The engine: submit requests, call `step` until they are done.
 
-    plan   which tokens run now (sched, no torch)
-    run    the model over them, through the paged cache
-    sample a token for each request that is due one
-    commit the tokens; requests that end leave, their pages are free
+plan   which tokens run now (sched, no torch)
+run    the model over them, through the paged cache
+sample a token for each request that is due one
+commit the tokens; requests that end leave, their pages are free
 """
 
 from __future__ import annotations

@@ -104,6 +104,7 @@ def truncated(logits_V: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ranked, order = chances_V.sort(descending=True, stable=True)
         beyond = ranked.cumsum(-1) - ranked >= sampling.top_p  # the token that crosses the line stays
+        beyond[0] = False  # also where float32 takes top_p for zero
         chances_V = chances_V.index_fill(0, order[beyond], 0.0)
     if sampling.min_p > 0:
         chances_V = chances_V.masked_fill(chances_V < sampling.min_p * chances_V.max(), 0.0)

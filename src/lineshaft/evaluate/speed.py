@@ -122,4 +122,3 @@ if __name__ == "__main__":
         sys.stdout.write(_run(load(Job, json.load(sys.stdin))).model_dump_json())
     except LineshaftError as refusal:
         sys.exit(" ".join(str(refusal).splitlines()))  # one line, for the parent to show
-

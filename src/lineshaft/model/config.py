@@ -13,9 +13,7 @@ from lineshaft.base.config import Config
 from lineshaft.model.positions import RopeScaling
 from lineshaft.ops.reach import Causal, Reach
 
-Family = Literal[
-    "deepseek_v2", "deepseek_v3", "deepseek_v32", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"
-]
+Family = Literal["deepseek_v2", "deepseek_v3", "deepseek_v32", "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"]
 
 
 class GroupedQueryAttention(Config):

@@ -47,7 +47,7 @@ class Scheduler:
             need = group.most_pages(first.limit - 1, self.config.step_tokens, self.page_tokens)
             if need > pool.pages:
                 raise CacheFull(need, pool.pages)
-        if len(self.waiting) + len(requests) > self.config.max_waiting:
+        if self.waiting and len(self.waiting) + len(requests) > self.config.max_waiting:  # many copies may come alone
             raise QueueFull(len(self.waiting))
         for request in requests:
             self._wait(request)
@@ -214,7 +214,7 @@ class Scheduler:
 
     def _beginning(self, request: Request) -> tuple[list[list[int]], int]:
         """Pages that hold the beginning of its text already, for each group, and how many tokens of it they hold."""
-        if (parent := request.parent) is not None:
+        if (parent := request.parent) is not None and not request.reads_all:
             length = request.prompt_tokens - 1  # the last token is run again, for its logits
             found = [self._parents_pages(group, table, length) for group, table in zip(self.groups, parent.tables, strict=True)]
             tables = [table for table in found if table is not None]

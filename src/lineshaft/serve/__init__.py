@@ -1,5 +1,6 @@
-"""Serving a checkpoint over HTTP: OpenAI's completions and chat, streamed or whole, with probes and metrics.
+"""Serving a checkpoint over HTTP: OpenAI's and vLLM's endpoints, streamed or whole, with limits, probes and metrics.
 
-Read `api` first, the way of a request; then `worker`, the thread that owns the engine; `server` is the process around
-both. `ask` is the stage that starts a server, asks it once and records the exchange.
+Read `service` first, the way of a request without a socket; then `api`, the HTTP around it, and `batch`, the files around it;
+then `worker`, which owns the engine; `server` is the process around them. `ask` is the stage that starts a server, asks it
+once and records the exchange.
 """

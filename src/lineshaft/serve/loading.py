@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
+from lineshaft.engine.preflight import check_room
 from lineshaft.engine.warm import told, warm_up
 from lineshaft.model.cost import cost_of
 from lineshaft.ops.table import chosen, steady
@@ -20,6 +21,7 @@ def loaded(folder: Path, config: EngineConfig) -> tuple[Engine, Ready]:
     Raises BrokenContract when the tokenizer gives other tokens than the model was trained on, DoesNotFit, ModelError, ConfigError.
     """
     began = time.monotonic()
+    config = check_room(folder, config)  # first: it takes no time, and a model that does not fit is the commonest mistake
     contract.check_folder(folder)
     engine = Engine.load(folder, config)
     loaded_at = time.monotonic()

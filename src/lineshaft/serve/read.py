@@ -1,39 +1,26 @@
-"""From bytes to a job for the engine: checks a request's body and says precisely what is wrong with it.
+"""From bytes to a request: checks a body's shape and says precisely what is wrong with it.
 
-A field is one of four: known and used; known to OpenAI's or vLLM's clients but not supported yet, which is refused
-unless it asks for what happens anyway; null, which counts as left out; or unknown, which is refused by name, because an
-answer that silently ignores what was asked for is worse than none.
+A field is one of four: known and used; known to OpenAI's or vLLM's clients but not supported, which is refused unless it
+asks for what happens anyway; null, which counts as left out; or unknown, which is refused by name, because an answer
+that silently ignores what was asked for is worse than none.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 
-from lineshaft.base.errors import RequestError, TooLong
-from lineshaft.sched.request import Sampling
-from lineshaft.serve.wire import Asked, ChatAsked, CompletionAsked, Message
-from lineshaft.text.chat import render_chat
-from lineshaft.text.tokenizer import Tokenizer
+from lineshaft.base.errors import RequestError
+from lineshaft.serve.wire import Asked, ChatAsked, ChatToTokenize, CompletionAsked, EmbeddingAsked, TextToTokenize, TokensToText
 
-COMPLETION_TOKENS = 16
-"""OpenAI's default of max_tokens for completions. A chat answer may fill the context."""
-
-_NOT_SUPPORTED: Mapping[str, Sequence[Any]] = {
-    "n": [1],
+HARMLESS: Mapping[str, Sequence[Any]] = {
     "best_of": [1],
     "echo": [False],
     "suffix": [""],
-    "logprobs": [False],
     "top_logprobs": [],
-    "logit_bias": [{}],
-    "presence_penalty": [0, 0.0],
-    "frequency_penalty": [0, 0.0],
-    "repetition_penalty": [1, 1.0],
     "response_format": [{"type": "text"}],
     "tools": [[]],
     "tool_choice": ["none", "auto"],
@@ -49,57 +36,55 @@ _NOT_SUPPORTED: Mapping[str, Sequence[Any]] = {
     "store": [False],
     "metadata": [{}],
 }
-"""Fields that clients may send, each with the values that ask for nothing special."""
+"""Fields that clients may send with a request for text, each with the values that ask for nothing special. Where a request has a field
+of that name, that counts."""
 
+_SHOWN = 80
+"""Characters of a client's own text that a message repeats."""
+
+S = TypeVar("S", bound=msgspec.Struct)
 A = TypeVar("A", bound=Asked)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the engine is to do, and how the answer is to be told."""
-
-    prompt: list[int]
-    sampling: Sampling
-    stops: list[str]
 
 
 def read_completion(body: bytes) -> CompletionAsked:
     """Body of POST /v1/completions. Raises RequestError naming the field at fault."""
-    return _converted(_checked_fields(_table(body), CompletionAsked), CompletionAsked)
+    asked = _generation(_table(body), CompletionAsked)
+    if asked.best_of is not None and asked.best_of != (asked.n or 1):
+        raise RequestError(f'"best_of" must be left out or equal "n" ({asked.n or 1}): answers are not ranked here', "best_of")
+    if asked.max_tokens == 0 and not asked.echo:
+        raise RequestError('"max_tokens": 0 asks for nothing: add "echo": true to get the prompt back, or ask for 1 or more', "max_tokens")
+    return asked
 
 
 def read_chat(body: bytes) -> ChatAsked:
     """Body of POST /v1/chat/completions. Raises RequestError naming the field at fault."""
-    table = _checked_fields(_table(body), ChatAsked)
-    if isinstance(messages := table.get("messages"), list):
-        # clients send back what they got, with a null in every field that was not used
-        table["messages"] = [_without_nulls(item) if isinstance(item, dict) else item for item in messages]
-    return _converted(table, ChatAsked)
+    asked = _generation(_with_messages(_table(body)), ChatAsked)
+    if asked.max_tokens == 0:
+        raise RequestError('"max_tokens" must be 1 or more', "max_tokens")
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise RequestError('"top_logprobs" needs "logprobs": true', "top_logprobs")
+    return asked
 
 
-def completion_job(asked: CompletionAsked, tokenizer: Tokenizer, context_tokens: int) -> Job:
-    """The job for a completion. Raises RequestError or TooLong."""
-    prompt = _completion_prompt(asked, tokenizer)
-    most = COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
-    return _job(asked, prompt, most, asked.max_tokens is not None, tokenizer, context_tokens)
+def read_embedding(body: bytes) -> EmbeddingAsked:
+    """Body of POST /v1/embeddings. Raises RequestError naming the field at fault."""
+    return _converted(_table(body), EmbeddingAsked)
 
 
-def chat_job(asked: ChatAsked, tokenizer: Tokenizer, context_tokens: int) -> Job:
-    """The job for a chat answer. Raises RequestError or TooLong."""
-    if tokenizer.chat_template is None:
-        raise RequestError("this model has no chat template: use /v1/completions")
-    text = render_chat(
-        tokenizer.chat_template,
-        [_message(item) for item in asked.messages],
-        bos=tokenizer.bos,
-        eos=tokenizer.eos,
-        add_generation_prompt=True,
-    )
-    prompt = tokenizer.encode_templated(text)
-    if not prompt:
-        raise RequestError("the chat template renders these messages as an empty prompt", "messages")
-    most = _chat_limit(asked)
-    return _job(asked, prompt, most or context_tokens, most is not None, tokenizer, context_tokens)
+def read_tokenize(body: bytes) -> TextToTokenize | ChatToTokenize:
+    """Body of POST /tokenize. Raises RequestError naming the field at fault."""
+    table = _table(body)
+    return _converted(_with_messages(table), ChatToTokenize) if "messages" in table else _converted(table, TextToTokenize)
+
+
+def read_detokenize(body: bytes) -> TokensToText:
+    """Body of POST /detokenize. Raises RequestError naming the field at fault."""
+    return _converted(_table(body), TokensToText)
+
+
+def shown(text: str) -> str:
+    """A client's text, short enough to be repeated in a message."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _table(body: bytes) -> dict[str, Any]:
@@ -116,25 +101,36 @@ def _table(body: bytes) -> dict[str, Any]:
     return _without_nulls(table)
 
 
-def _checked_fields(table: dict[str, Any], kind: type[Asked]) -> dict[str, Any]:
-    """The table without fields that ask for what happens anyway."""
-    for name in table.keys() & _NOT_SUPPORTED.keys():
+def _with_messages(table: dict[str, Any]) -> dict[str, Any]:
+    """Clients send back the messages that they got, with a null in every field that was not used."""
+    messages = table.get("messages")
+    if not isinstance(messages, list):
+        return table
+    return table | {"messages": [_without_nulls(item) if isinstance(item, dict) else item for item in messages]}
+
+
+def _generation(table: dict[str, Any], kind: type[A]) -> A:
+    """A request for text, without fields that ask for what happens anyway."""
+    for name in table.keys() & HARMLESS.keys() - set(kind.__struct_fields__):
         value = table.pop(name)
-        if not any(type(value) is type(harmless) and value == harmless for harmless in _NOT_SUPPORTED[name]):
+        if not any(type(value) is type(harmless) and value == harmless for harmless in HARMLESS[name]):
             raise RequestError(f'"{name}" is not supported by this server with this value: leave it out', name)
-    if unknown := [name for name in table if name not in kind.__struct_fields__]:
-        raise RequestError("unknown here: " + ", ".join(f'"{name}"' for name in unknown) + ": remove it", unknown[0])
-    return table
-
-
-def _converted(table: dict[str, Any], kind: type[A]) -> A:
-    try:
-        asked = msgspec.convert(table, kind)
-    except msgspec.ValidationError as error:
-        raise _complaint(str(error)) from None
+    asked = _converted(table, kind)
     if asked.stream_options is not None and not asked.stream:
         raise RequestError('"stream_options" needs "stream": true', "stream_options")
+    if asked.stream_options and asked.stream_options.continuous_usage_stats and not asked.stream_options.include_usage:
+        raise RequestError('"stream_options.continuous_usage_stats" needs "include_usage": true', "stream_options")
     return asked
+
+
+def _converted(table: dict[str, Any], kind: type[S]) -> S:
+    if unknown := [name for name in table if name not in kind.__struct_fields__]:
+        told = ", ".join(f'"{shown(name)}"' for name in unknown[:8])
+        raise RequestError(f"unknown here: {told}: remove it", shown(unknown[0]))
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        raise _complaint(str(error)) from None
 
 
 def _complaint(text: str) -> RequestError:
@@ -145,64 +141,6 @@ def _complaint(text: str) -> RequestError:
         path = f"{path}.{missing[1]}" if path else missing[1]
     param = re.split(r"[.\[]", path)[0] or None
     return RequestError(f'"{path}": {what}' if path else what, param)
-
-
-def _completion_prompt(asked: CompletionAsked, tokenizer: Tokenizer) -> list[int]:
-    prompt = asked.prompt
-    if isinstance(prompt, str):
-        return _with_bos(prompt, tokenizer)
-    ids = [item for item in prompt if isinstance(item, int)]
-    if len(ids) == len(prompt):
-        return _checked_ids(ids, tokenizer, "prompt")
-    if len(prompt) > 1:
-        raise RequestError('several prompts in one request are not supported by this server: send one "prompt" a request', "prompt")
-    only = prompt[0]
-    return _with_bos(only, tokenizer) if isinstance(only, str) else _checked_ids(only, tokenizer, "prompt")
-
-
-def _with_bos(text: str, tokenizer: Tokenizer) -> list[int]:
-    """A text as the documents of training began. Ids that a client sends are taken as they are."""
-    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(text)]
-
-
-def _checked_ids(ids: Any, tokenizer: Tokenizer, field: str) -> list[int]:
-    if bad := next((number for number in ids if number >= tokenizer.vocab_size), None):
-        raise RequestError(f'"{field}": token id {bad} is outside the vocabulary of {tokenizer.vocab_size}', field)
-    return list(ids)
-
-
-def _message(message: Message) -> dict[str, Any]:
-    content = message.content if isinstance(message.content, str) else "".join(part.text for part in message.content)
-    return {"role": message.role, "content": content} | ({} if message.name is None else {"name": message.name})
-
-
-def _chat_limit(asked: ChatAsked) -> int | None:
-    both = {asked.max_tokens, asked.max_completion_tokens} - {None}
-    if len(both) > 1:
-        raise RequestError('"max_tokens" and "max_completion_tokens" differ: send one', "max_completion_tokens")
-    return both.pop() if both else None
-
-
-def _job(asked: Asked, prompt: list[int], most: int, explicit: bool, tokenizer: Tokenizer, context_tokens: int) -> Job:
-    left = context_tokens - len(prompt)
-    if left < (most if explicit else 1):
-        raise TooLong(
-            f"the model's context holds {context_tokens} tokens; the prompt has {len(prompt)}"
-            + (f" and max_tokens asks for {most}" if explicit else "")
-            + ": shorten one of them",
-            "messages" if isinstance(asked, ChatAsked) else "prompt",
-        )
-    sampling = Sampling(
-        max_tokens=min(most, left),
-        temperature=1.0 if asked.temperature is None else asked.temperature,
-        top_k=max(asked.top_k or 0, 0),
-        top_p=1.0 if asked.top_p is None else asked.top_p,
-        min_p=asked.min_p or 0.0,
-        seed=asked.seed,
-        stop_token_ids=_checked_ids(asked.stop_token_ids or [], tokenizer, "stop_token_ids"),
-        ignore_eos=asked.ignore_eos or False,
-    )
-    return Job(prompt, sampling, [asked.stop] if isinstance(asked.stop, str) else asked.stop or [])
 
 
 def _without_nulls(table: dict[str, Any]) -> dict[str, Any]:

@@ -24,11 +24,11 @@ from lineshaft.base.errors import ConfigError
 from lineshaft.base.terminal import say
 from lineshaft.engine.config import EngineConfig
 from lineshaft.serve.api import Api
+from lineshaft.serve.limits import Limits
 from lineshaft.serve.metrics import Metrics
-from lineshaft.serve.remote import RemoteEngine
 from lineshaft.serve.served import Served
+from lineshaft.serve.starting import started
 from lineshaft.serve.worker import Worker
-from lineshaft.text.tokenizer import Tokenizer
 
 _BACKLOG = 2048
 _LOG_CONFIG = merge(uvicorn.config.LOGGING_CONFIG, {"handlers": {"access": {"stream": "ext://sys.stderr"}}})
@@ -45,8 +45,8 @@ class ServeConfig(Config):
     """Port to listen on; 0 takes any free one."""
     model_name: str | None = None
     """Name that clients ask for; by default the name of what is served."""
-    max_body_bytes: PositiveInt = 4 << 20
-    """Larger request bodies are refused with 413."""
+    limits: Limits = Limits()
+    """Bounds on one request."""
     max_waiting: PositiveInt = 256
     """Requests that may wait for the engine; more are refused with 429."""
     engine_stall_seconds: PositiveFloat = 300.0
@@ -68,15 +68,7 @@ def run_server(
     """
 
     def load(metrics: Metrics) -> Served:
-        remote = RemoteEngine(folder, engine, config.engine_stall_seconds)
-        tokenizer = Tokenizer.load(folder)  # while the process begins
-        ready = remote.wait_ready()
-        for line in ready.told:
-            say(line)
-        metrics.set("lineshaft:model_weight_bytes", ready.weight_bytes)
-        metrics.set("lineshaft:bits_per_weight", ready.bits_per_weight)
-        metrics.set("lineshaft:kv_cache_bytes_per_token", ready.kv_bytes_per_token)
-        return Served(remote, tokenizer)
+        return started(folder, engine, config.engine_stall_seconds, metrics)
 
     serve_until_stopped(load, config.model_name or name, config, on_listening=on_listening)
 
@@ -89,7 +81,7 @@ def serve_until_stopped(load: Callable[[Metrics], Served], model: str, config: S
         port = listener.getsockname()[1]
         say(f"listening on http://{f'[{config.host}]' if ':' in config.host else config.host}:{port}")
         on_listening(port)
-        _Server(worker, Api(worker, model, metrics, config.max_body_bytes), config).run([listener])
+        _Server(worker, Api(worker, model, metrics, config.limits), config).run([listener])
     if worker.failure:
         raise worker.failure
 

@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from msgspec import UNSET, UnsetType
 
-from lineshaft.serve.wire import Answer, ChatChoice, ChatChunkChoice, ChatText, CompletionChoice, FinishReason, Usage
+from lineshaft.sched.request import Score
+from lineshaft.serve.answer import Piece, Scored
+from lineshaft.serve.names import Names
+from lineshaft.serve.replies import (
+    Alternative,
+    Answer,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatText,
+    ChatToken,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Usage,
+)
+
+LEAST = -9999.0
+"""OpenAI's word for "as good as never": JSON has no minus infinity."""
 
 
 class Voice(Protocol):
     """Words one answer."""
 
-    def whole(self, text: str, finish: FinishReason, usage: Usage) -> Answer:
-        """The answer to a request that is not streamed."""
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> Answer:
+        """The answer to a request that is not streamed; a piece for each choice, which is all of it."""
 
-    def opening(self) -> list[Answer]:
+    def opening(self, choices: int) -> list[Answer]:
         """Chunks before the first text."""
 
-    def piece(self, text: str, finish: FinishReason | None) -> Answer:
-        """A chunk with text, or the last one, with the reason for the end."""
+    def piece(self, piece: Piece, usage: Usage | UnsetType) -> Answer:
+        """A chunk with text, or the last one of a choice, with the reason for the end."""
 
     def closing(self, usage: Usage) -> Answer:
         """The chunk that holds the token counts."""
@@ -30,62 +51,90 @@ class Voice(Protocol):
 class CompletionVoice:
     """Words a completion."""
 
-    def __init__(self, model: str) -> None:
-        self._head = _Head("cmpl", model)
+    def __init__(self, model: str, names: Names | None) -> None:
+        """`names`: of tokens, when log-probabilities are to be told."""
+        self._head, self._names = _head("cmpl", model), names
 
-    def whole(self, text: str, finish: FinishReason, usage: Usage) -> Answer:
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> Completion:
         """See Voice."""
-        return self._head.answer("text_completion", [CompletionChoice(text, finish)], usage)
+        return Completion(**self._head, choices=[self._choice(item, self._names) for item in choices], usage=usage)
 
-    def opening(self) -> list[Answer]:
+    def opening(self, choices: int) -> list[Answer]:
         """See Voice."""
         return []
 
-    def piece(self, text: str, finish: FinishReason | None) -> Answer:
+    def piece(self, piece: Piece, usage: Usage | UnsetType) -> Completion:
         """See Voice."""
-        return self._head.answer("text_completion", [CompletionChoice(text, finish)])
+        return Completion(**self._head, choices=[self._choice(piece, self._names if piece.tokens else None)], usage=usage)
 
-    def closing(self, usage: Usage) -> Answer:
+    def closing(self, usage: Usage) -> Completion:
         """See Voice."""
-        return self._head.answer("text_completion", [], usage)
+        return Completion(**self._head, choices=[], usage=usage)
+
+    def _choice(self, piece: Piece, names: Names | None) -> CompletionChoice:
+        logprobs = _completion_logprobs(piece.tokens, names) if names else None
+        return CompletionChoice(piece.text, piece.finish, piece.choice, logprobs)
 
 
 class ChatVoice:
     """Words a chat answer."""
 
-    def __init__(self, model: str) -> None:
-        self._head = _Head("chatcmpl", model)
+    def __init__(self, model: str, names: Names | None) -> None:
+        """`names`: of tokens, when log-probabilities are to be told."""
+        self._head, self._names = _head("chatcmpl", model), names
 
-    def whole(self, text: str, finish: FinishReason, usage: Usage) -> Answer:
+    def whole(self, choices: Sequence[Piece], usage: Usage) -> ChatCompletion:
         """See Voice."""
-        return self._head.answer("chat.completion", [ChatChoice(ChatText("assistant", text), finish)], usage)
+        return ChatCompletion(**self._head, choices=[self._choice(item) for item in choices], usage=usage)
 
-    def opening(self) -> list[Answer]:
+    def opening(self, choices: int) -> list[Answer]:
         """See Voice."""
-        return [self._chunk(ChatText("assistant", ""), None)]
+        return [
+            ChatChunk(**self._head, choices=[ChatChunkChoice(ChatText("assistant", ""), None, number)], usage=UNSET)
+            for number in range(choices)
+        ]
 
-    def piece(self, text: str, finish: FinishReason | None) -> Answer:
+    def piece(self, piece: Piece, usage: Usage | UnsetType) -> ChatChunk:
         """See Voice."""
-        return self._chunk(ChatText(content=text) if text else ChatText(), finish)
+        delta = ChatText(content=piece.text) if piece.text else ChatText()
+        logprobs = self._logprobs(piece) if piece.tokens else None
+        return ChatChunk(**self._head, choices=[ChatChunkChoice(delta, piece.finish, piece.choice, logprobs)], usage=usage)
 
-    def closing(self, usage: Usage) -> Answer:
+    def closing(self, usage: Usage) -> ChatChunk:
         """See Voice."""
-        return self._head.answer("chat.completion.chunk", [], usage)
+        return ChatChunk(**self._head, choices=[], usage=usage)
 
-    def _chunk(self, delta: ChatText, finish: FinishReason | None) -> Answer:
-        return self._head.answer("chat.completion.chunk", [ChatChunkChoice(delta, finish)])
+    def _choice(self, piece: Piece) -> ChatChoice:
+        assert piece.finish  # it is a whole answer
+        return ChatChoice(ChatText("assistant", piece.text), piece.finish, piece.choice, self._logprobs(piece))
+
+    def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
+        if self._names is None:
+            return None
+        return ChatLogprobs([_chat_token(item.token, item.score, self._names) for item in piece.tokens if item.score])
 
 
-class _Head:
+def _head(prefix: str, model: str) -> dict[str, Any]:
     """What all chunks of an answer share."""
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def __init__(self, prefix: str, model: str) -> None:
-        self._id, self._created, self._model = f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model
 
-    def answer(
-        self,
-        kind: Literal["text_completion", "chat.completion", "chat.completion.chunk"],
-        choices: list[CompletionChoice] | list[ChatChoice] | list[ChatChunkChoice],
-        usage: Usage | UnsetType = UNSET,
-    ) -> Answer:
-        return Answer(self._id, kind, self._created, self._model, choices, usage)
+def _completion_logprobs(tokens: Sequence[Scored], names: Names) -> CompletionLogprobs:
+    return CompletionLogprobs(
+        tokens=[names.name(item.token) for item in tokens],
+        token_logprobs=[None if item.score is None else max(item.score.logprob, LEAST) for item in tokens],
+        top_logprobs=[None if item.score is None else _by_name(item.token, item.score, names) for item in tokens],
+        text_offset=[item.offset for item in tokens],
+    )
+
+
+def _by_name(token: int, score: Score, names: Names) -> dict[str, float]:
+    told: dict[str, float] = {}
+    for number, logprob in (*score.top, (token, score.logprob)):
+        told.setdefault(names.name(number), max(logprob, LEAST))  # where two tokens have one name, the likelier
+    return told
+
+
+def _chat_token(token: int, score: Score, names: Names) -> ChatToken:
+    top = [Alternative(names.name(number), max(logprob, LEAST), list(names.bytes_of(number))) for number, logprob in score.top]
+    return ChatToken(names.name(token), max(score.logprob, LEAST), list(names.bytes_of(token)), top)

@@ -135,7 +135,7 @@ class Worker:
         with self._changed:
             if self._state not in ("ready", "restarting"):  # under the lock: whoever empties the inbox for good changes the state first
                 raise self._refusal()
-            if self._waiting + len(tickets) > self._max_waiting:
+            if self._waiting and self._waiting + len(tickets) > self._max_waiting:  # many copies may come alone
                 raise QueueFull(self._waiting)
             self._waiting += len(tickets)
             self._inbox.append(tickets)

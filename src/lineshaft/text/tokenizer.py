@@ -90,9 +90,9 @@ class Tokenizer:
         encoding = _encoded(self._templated, text)
         return encoding.ids, encoding.offsets
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens left out; bytes that form no character become U+FFFD."""
-        text: str = self._plain.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+        """The text of `ids`, that of special tokens only when they are to be kept; bytes that form no character become U+FFFD."""
+        text: str = self._plain.decode(list(ids), skip_special_tokens=not keep_special)
         return text
 
     def token_text(self, number: int) -> str | None:

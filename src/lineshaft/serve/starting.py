@@ -1,0 +1,29 @@
+"""Starting an engine in a process of its own, for the server and for files of requests."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from lineshaft.base.terminal import say
+from lineshaft.engine.config import EngineConfig
+from lineshaft.serve.metrics import Metrics
+from lineshaft.serve.remote import RemoteEngine
+from lineshaft.serve.served import Served
+from lineshaft.text.tokenizer import Tokenizer
+
+
+def started(folder: Path, engine: EngineConfig, stall_seconds: float, metrics: Metrics) -> Served:
+    """The checkpoint in `folder`, ready to answer. Raises whatever loading it raises."""
+    with ExitStack() as stack:
+        remote = RemoteEngine(folder, engine, stall_seconds)
+        stack.callback(remote.close)  # unless all goes well
+        ready = remote.wait_ready()
+        for line in ready.told:
+            say(line)
+        metrics.set("lineshaft:model_weight_bytes", ready.weight_bytes)
+        metrics.set("lineshaft:bits_per_weight", ready.bits_per_weight)
+        metrics.set("lineshaft:kv_cache_bytes_per_token", ready.kv_bytes_per_token)
+        served = Served(remote, Tokenizer.load(folder))
+        stack.pop_all()
+        return served
