@@ -123,6 +123,7 @@ def test_killing_the_engine_under_fifty_streams_ends_them_within_two_seconds_and
         assert server.engine() != engine
         assert server.metric("lineshaft:engine_restarts_total") == 1
         assert server.metric('vllm:request_success_total{finished_reason="error"') == 50
+        assert server.metric('lineshaft:resident_memory_bytes{process="engine"}') > 1e6
         assert server.metric("vllm:prompt_tokens_total") == 51 * answer["usage"]["prompt_tokens"]  # counters go on
 
 

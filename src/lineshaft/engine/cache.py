@@ -6,6 +6,7 @@ and with an indexer one index key. Layers that see alike form a group with pages
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +28,7 @@ class PagedCache:
         self.group_of = {layer: place for place, group in enumerate(self.groups) for layer in group.layers}
         shapes = _entry_shapes(config)
         self.parts = [
-            [torch.zeros(pages[self.group_of[layer]] + 1, page_tokens, *shape, dtype=dtype) for shape in shapes]
+            [_zeros((pages[self.group_of[layer]] + 1, page_tokens, *shape), dtype) for shape in shapes]
             for layer in range(config.num_hidden_layers)
         ]
 
@@ -45,6 +46,14 @@ class PagedCache:
     def empty_slot(self, group: int) -> int:
         """A slot that holds zeros."""
         return self.pages[group] * self.page_tokens
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros that take memory only where they are touched: writing gigabytes of them would be most of a server's start."""
+    size = dtype.itemsize
+    for side in shape:
+        size *= side
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(shape)
 
 
 def groups_of(config: ModelConfig) -> list[LayerGroup]:

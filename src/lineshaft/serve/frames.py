@@ -122,7 +122,7 @@ class Channel:
         del self._buffer[: _HEAD + size]
         try:
             return self._decoder.decode(body)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise EngineError(f"the other process sent what can't be read: {error}") from None
 
     def fill(self) -> bool:

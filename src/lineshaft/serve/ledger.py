@@ -37,6 +37,8 @@ class Ledger:
         self._metrics = metrics
         self._load = Load()
         self.engine_process: int | None = None
+        for reason in ("stop", "length", "abort", "error"):  # seen as 0 from the start: the first of a kind shows in a rate, too
+            metrics.count("vllm:request_success", 0, finished_reason=reason)
         metrics.follow("vllm:num_requests_waiting", waiting)
         metrics.follow("vllm:num_requests_running", lambda: self._load.running)
         metrics.follow("vllm:kv_cache_usage_perc", lambda: self._load.cache_usage)

@@ -18,12 +18,13 @@ def started(folder: Path, engine: EngineConfig, stall_seconds: float, metrics: M
     with ExitStack() as stack:
         remote = RemoteEngine(folder, engine, stall_seconds)
         stack.callback(remote.close)  # unless all goes well
+        tokenizer = Tokenizer.load(folder)  # while the process begins
         ready = remote.wait_ready()
         for line in ready.told:
             say(line)
         metrics.set("lineshaft:model_weight_bytes", ready.weight_bytes)
         metrics.set("lineshaft:bits_per_weight", ready.bits_per_weight)
         metrics.set("lineshaft:kv_cache_bytes_per_token", ready.kv_bytes_per_token)
-        served = Served(remote, Tokenizer.load(folder))
+        served = Served(remote, tokenizer)
         stack.pop_all()
         return served
