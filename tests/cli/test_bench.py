@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "evaluate" / "load"))  # pyte
 
 from fake_openai import FakeOpenAI, served
 
-from lineshaft.base.errors import LineshaftError
+from lineshaft.base.errors import ConfigError, LineshaftError
+from lineshaft.cli import benching
 from lineshaft.cli.main import app
 
 QUICK = ("--rate", "20", "--duration", "1", "--set", "workload.prompt_tokens=4", "--set", "workload.output_tokens=3")
@@ -96,6 +97,7 @@ def test_a_trace_is_replayed(url: str, tmp_path: Path) -> None:
         (["--rate", "100", "--duration", "1000"], 2, "exceed max_requests"),
         (["--model", "other"], 7, 'does not serve "other"; it has fake'),
         (["--text", "none.txt"], 2, "none.txt: can't be read"),
+        (["--set", "search.lowest=0", "--find-rate", "--slo-e2e", "1"], 2, '"search.lowest"'),
     ],
 )
 def test_what_is_wrong_is_told_before_any_load(url: str, args: list[str], code: int, told: str) -> None:
@@ -107,6 +109,26 @@ def test_a_server_that_is_not_there_is_told() -> None:
     code, told = call("http://127.0.0.1:9")
     assert code == 2
     assert "http://127.0.0.1:9: no server answers there" in told
+
+
+def test_figures_are_shown_although_the_files_cannot_be_written(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise ConfigError("disk full")
+
+    monkeypatch.setattr(benching, "_write", full)
+    done = CliRunner().invoke(app, ["bench", url, *QUICK, "--json", "--out", str(tmp_path)], prog_name="lineshaft", env=environment())
+    assert isinstance(done.exception, ConfigError)
+    assert json.loads(done.stdout)["requests"]["answered"] > 0
+
+
+def test_ctrl_c_before_the_first_answer_says_that_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benching, "bench", interrupted)
+    done = CliRunner().invoke(app, ["bench"], prog_name="lineshaft", env=environment())
+    assert (done.exit_code, done.stdout) == (130, "")
+    assert done.stderr == "lineshaft: stopped before there was anything to show\n"
 
 
 def test_nothing_answered_is_no_result() -> None:
@@ -121,8 +143,7 @@ def test_ctrl_c_shows_what_was_measured_until_then() -> None:
     with served(fake) as url:
         command = [sys.executable, "-m", "lineshaft.cli.main", "bench", url, "--rate", "20", "--duration", "300", "--json"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as run:
-            while len(fake.took) < 5:
-                assert run.poll() is None, run.stderr and run.stderr.read()
+            assert all(fake.answered.acquire(timeout=60) for _ in range(5)), run.poll()
             run.send_signal(signal.SIGINT)
             told, said = run.communicate(timeout=60)
     assert run.returncode == 130

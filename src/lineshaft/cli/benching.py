@@ -28,12 +28,13 @@ INCONCLUSIVE = 8
 """Exit status when the figures are no result: nothing was answered, this client was too slow, or no rate met the SLO."""
 _FILES = ("bench.json", "requests.jsonl", "bench.svg")
 _DEFAULT = LoadConfig()
+_DURATION = f"Seconds in which requests are sent; with --find-rate at each rate. Default: {_DEFAULT.seconds:g}, of a trace all of it."
 
 
 def bench_command(
     url: Annotated[str, typer.Argument(help="The server. Its key, if it wants one, is taken from OPENAI_API_KEY.")] = _DEFAULT.url,
     rate: Annotated[float | None, typer.Option(help="Requests a second; with --find-rate the first to be tried. Default: 1.")] = None,
-    duration: Annotated[float, typer.Option(help="Seconds in which requests are sent; with --find-rate at each rate.")] = _DEFAULT.seconds,
+    duration: Annotated[float | None, typer.Option(help=_DURATION)] = None,
     arrivals: Annotated[str | None, typer.Option(help="constant, poisson, ramp or trace. Default: poisson, trace with --trace.")] = None,
     trace: Annotated[str | None, typer.Option(metavar="FILE", help="JSON Lines to replay: at, prompt_tokens, max_tokens, prompt.")] = None,
     model: Annotated[str | None, typer.Option(help="Model to ask for. Default: the only one that the server lists.")] = None,
@@ -64,29 +65,38 @@ def bench_command(
         "workload": {"prompts": "text" if text or api == "chat" else "ids", "text_file": text},
         "slo": _given(ttft=slo_ttft, itl=slo_itl, e2e=slo_e2e) | {"share": slo_share},
         "search": {} if find_rate else None,
-        "seconds": duration,
         "warmup": warmup,
         "timeout": timeout,
         "seed": seed,
-    }
+    } | _given(seconds=duration)
     for assignment in assignments or []:
         table = merge(table, nest(*parse_assignment(assignment)))
     config = load(LoadConfig, table)
     _make_room(out)
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    outcome = bench(config, bar)
+    try:
+        outcome = bench(config, bar)
+    except KeyboardInterrupt:
+        say("lineshaft: stopped before there was anything to show")
+        raise ToldStop(INTERRUPTED) from None
     shown = outcome_json(outcome, started)
-    if out:
-        _write(out, outcome, shown)
-    if as_json:
-        print(json.dumps(shown, ensure_ascii=False))
-    else:
-        print_outcome(outcome, Console())
+    try:
+        if out:
+            _write(out, outcome, shown)
+    finally:  # a full disk must not swallow the figures
+        _show(outcome, shown, as_json)
     if outcome.interrupted:
         say("lineshaft: stopped; the figures are those of what was measured until then")
         raise ToldStop(INTERRUPTED)
     if not outcome.conclusive:
         raise typer.Exit(INCONCLUSIVE)
+
+
+def _show(outcome: Outcome, shown: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(shown, ensure_ascii=False))
+    else:
+        print_outcome(outcome, Console())
 
 
 def _given(**values: Any) -> Table:

@@ -26,6 +26,7 @@ class FakeOpenAI:
         self.bodies: list[dict] = []
         self.headers: list[dict] = []
         self.took: list[float] = []
+        self.answered = threading.Semaphore(0)
 
     def app(self):
         app = web.Application()
@@ -60,6 +61,7 @@ class FakeOpenAI:
         await response.prepare(request)
         await self.stream(request, response, body, number)
         self.took.append(clock() - arrived)
+        self.answered.release()
         return response
 
     async def work(self, number):

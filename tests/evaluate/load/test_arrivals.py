@@ -80,6 +80,9 @@ def test_a_trace_is_replayed_from_its_first_line_on(tmp_path):
     found = Trace(path=str(path), speed=2.0).arrivals(5, 0)
     assert [(line.at, line.prompt_tokens, line.max_tokens, line.prompt) for line in found] == [(0, 5, 2, None), (1, None, None, "hello")]
     assert Trace(path=str(path)).expected(60) == 3
+    assert Trace(path=str(path), speed=2.0).span() == pytest.approx(5 * 3 / 2)
+    path.write_text('{"at": 7}\n')
+    assert Trace(path=str(path)).span() == 1.0
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from aiohttp import web
 from fake_openai import FakeOpenAI, served
 from load_world import Silent, measured
+from virtual_loop import VirtualLoop
 
 from lineshaft.base.config import load
 from lineshaft.base.errors import Capacity, ConfigError, EngineError, LineshaftError, RequestError, UnknownModel
-from lineshaft.evaluate.load.bench import LoadConfig, bench
-from lineshaft.evaluate.load.generate import offer
+from lineshaft.evaluate.load.bench import FEWEST, LoadConfig, bench
+from lineshaft.evaluate.load.generate import BEAT_SECONDS, offer
 
 ONE = {"prompt_tokens": 4, "output_tokens": 1}
 
@@ -118,6 +121,14 @@ def test_the_highest_rate_of_a_live_server_is_found_within_three_percent():
     assert {record.probe for run in outcome.runs for record in run.records} == set(range(len(outcome.runs)))
 
 
+def test_a_search_that_no_rate_can_end_well_ends_before_nothing_is_sent():
+    settings = {"seconds": 4, "workload": ONE, "slo": {"ttft": 0.1}, "search": {}}
+    outcome = measured(FakeOpenAI(lambda _: 0.5), arrivals={"kind": "poisson", "rate": 18.0}, **settings)
+    assert (outcome.found.limit, outcome.found.rate, outcome.conclusive) == ("lowest", None, False)
+    assert outcome.found.failing == FEWEST / 4
+    assert all(probe.requests for probe in outcome.found.probes)
+
+
 # -- failures ---------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +199,58 @@ def test_the_key_is_sent_and_never_shown(monkeypatch):
     assert "secret-of-mine" not in str(caught.value)
 
 
+def test_white_space_around_a_key_is_left_out_and_what_is_no_key_is_refused_unshown(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", " secret\n")
+    fake = FakeOpenAI()
+    measured(fake, seconds=1, arrivals={"kind": "constant", "rate": 2.0}, workload=ONE)
+    assert fake.headers[0]["Authorization"] == "Bearer secret"
+    monkeypatch.setenv("OPENAI_API_KEY", "sec\nret")
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY holds characters") as caught:
+        measured(FakeOpenAI())
+    assert "ret" not in str(caught.value)
+
+
+def test_a_whole_answer_counts_although_the_connection_breaks_behind_it():
+    class Torn(FakeOpenAI):
+        async def stream(self, request, response, body, number):
+            await super().stream(request, response, body, number)
+            await asyncio.sleep(0.01)
+            request.transport.close()
+
+    seen = measured(Torn(), seconds=2, arrivals={"kind": "constant", "rate": 5.0}, workload=ONE).shown.measured
+    assert (seen.answered, seen.errors) == (10, {})
+
+
+def test_a_list_of_models_may_come_in_pieces_and_a_long_one_is_told_short():
+    class Slow(FakeOpenAI):
+        async def listed(self, request):
+            response = web.StreamResponse(headers={"content-type": "application/json"})
+            await response.prepare(request)
+            text = json.dumps({"data": [{"id": f"model-{number}"} for number in range(500)]}).encode()
+            for begin in range(0, len(text), 4096):
+                await response.write(text[begin : begin + 4096])
+                await asyncio.sleep(0.01)
+            return response
+
+    with pytest.raises(ConfigError, match="model-9 and 490 more: choose one with --model"):
+        measured(Slow())
+
+
 # -- contents ---------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_is_played_to_its_end_unless_a_length_is_given(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text("".join(f'{{"at": {2 * number}}}\n' for number in range(20)))  # 40 s
+    trace = {"arrivals": {"kind": "trace", "path": str(path)}, "workload": ONE}
+    seen = measured(FakeOpenAI(), **trace).shown.measured
+    assert (seen.offered, seen.metrics["offered_requests_per_second"]) == (20, pytest.approx(0.5))
+    assert measured(FakeOpenAI(), seconds=10, **trace).shown.measured.offered == 5
+    with pytest.raises(ConfigError, match="leaves nothing to measure"):
+        measured(FakeOpenAI(), warmup=40, **trace)
+    path.write_text('{"at": 0}\n{"at": 90000}\n')
+    with pytest.raises(ConfigError, match="more than a day"):
+        measured(FakeOpenAI(), **trace)
 
 
 def test_warm_up_is_sent_and_not_counted():
@@ -245,6 +307,22 @@ def test_a_client_that_is_late_refuses_to_call_its_figures_a_result(monkeypatch)
     assert not outcome.shown.measured.keeps_up
     assert not outcome.conclusive
     assert outcome.shown.measured.metrics["send_lag_max_seconds"] > 0.5
+
+
+def test_a_halt_of_this_client_is_as_many_late_beats_as_were_due_meanwhile():
+    """Else its own lateness would leave out what coordinated omission leaves out."""
+    loop = VirtualLoop()
+
+    async def send(record, start):
+        record.sent = record.ended = record.scheduled
+        if record.number == 1:
+            loop.jumping.now += 1.0
+
+    sent = loop.run_until_complete(offer([0.0, 1.0, 4.0], lambda _: send, 60.0, lambda _: None))
+    loop.finish()
+    late = [seconds for seconds in sent.lateness if seconds > 0.001]
+    assert len(late) == pytest.approx(1 / BEAT_SECONDS, abs=1)
+    assert np.mean(late) == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_cancelled_run_returns_what_was_measured_until_then():

@@ -186,7 +186,7 @@ def test_a_chat_request_holds_a_message_and_a_completion_a_prompt():
 def test_a_servers_url_is_told_apart_from_what_is_none():
     assert address("http://h:1/v1/") == address("http://h:1") == "http://h:1"
     assert address("https://h/base") == "https://h/base"
-    for bad in ("localhost:8000", "ftp://h", "http://", "http://h:x", "http://h?a=1"):
+    for bad in ("localhost:8000", "ftp://h", "http://", "http://h:x", "http://h?a=1", "http://[::1"):
         with pytest.raises(ConfigError, match="write a server as http://host:port"):
             address(bad)
     with pytest.raises(ConfigError, match="no name or password"):
@@ -196,4 +196,5 @@ def test_a_servers_url_is_told_apart_from_what_is_none():
 def test_a_key_is_taken_out_of_what_a_server_says():
     target = Target("http://h", "m", "chat", "abc-key")
     assert target.clean("bad\nkey abc-key") == "bad key (key)"
+    assert target.clean("\x1b[2Jgone") == "[2Jgone"
     assert "abc-key" not in repr(target)

@@ -66,14 +66,9 @@ def test_the_border_of_a_deterministic_queue_is_its_service_rate():
 @given(st.floats(0.01, 900), st.floats(0.01, 900))
 def test_a_sharp_border_is_found_within_the_tolerance_from_anywhere_within_reach(start, border):
     found = find_rate(lambda rate: ProbeResult(rate, 1000 * (rate <= border), 1000), start, 0.99, CONFIG)
-    if border < start / 1024:
-        assert found.limit in ("lowest", "slo")
-    elif found.limit == "slo":
-        assert border / 1.02 <= found.rate <= border
-        assert len(found.probes) <= CONFIG.probes
-    else:
-        assert found.limit == "lowest"
-        assert border < start / 512
+    assert found.limit == "slo"
+    assert border / 1.02 <= found.rate <= border
+    assert len(found.probes) <= CONFIG.probes
 
 
 @given(st.integers(0, 1 << 30))
@@ -106,7 +101,8 @@ def test_what_stops_a_search_is_named():
     assert find_rate(fine, 1.0, 0.9, SearchConfig(highest=5.0)).rate == 5.0
     assert find_rate(fine, 1.0, 0.9, SearchConfig(probes=2)).limit == "probes"
     never = find_rate(lambda rate: ProbeResult(rate, 0, 1000), 1.0, 0.9, CONFIG)
-    assert (never.limit, never.rate) == ("lowest", None)
+    assert (never.limit, never.rate, never.failing) == ("lowest", None, CONFIG.lowest)
+    assert find_rate(fine, 1.0, 0.9, SearchConfig(lowest=3.0, highest=5.0)).probes[0].rate == 3.0
     slow = find_rate(lambda rate: ProbeResult(rate, 1000, 1000, keeps_up=rate < 6), 1.0, 0.9, CONFIG)
     assert (slow.limit, slow.rate, slow.failing) == ("client", 4.0, None)
     stopped = find_rate(lambda rate: ProbeResult(rate, 1000, 1000, interrupted=rate > 2), 1.0, 0.9, CONFIG)

@@ -119,6 +119,12 @@ class Trace(Config):
     speed: Rate = 1.0
     """2 replays at twice the speed."""
 
+    def span(self) -> float:
+        """Seconds from the first request to where one more would be due, at the mean gap; 1 where there is no gap."""
+        lines = read_trace(Path(self.path))
+        length = (lines[-1].at - lines[0].at) / self.speed
+        return length * len(lines) / (len(lines) - 1) if length > 0 else 1.0
+
     def expected(self, seconds: float) -> float:
         """See Constant; here exact."""
         return len(self.arrivals(seconds, 0))

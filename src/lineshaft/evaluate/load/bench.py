@@ -19,7 +19,7 @@ from lineshaft.base.config import Config
 from lineshaft.base.errors import ConfigError
 from lineshaft.base.terminal import Bar
 from lineshaft.evaluate.load.arrivals import Arrival, Arrivals, Constant, Poisson, Trace
-from lineshaft.evaluate.load.client import Target, address, connected, find_model, look, send
+from lineshaft.evaluate.load.client import LOOK_SECONDS, Target, address, connected, find_model, look, send, usable_key
 from lineshaft.evaluate.load.generate import Send, Sent, offer
 from lineshaft.evaluate.load.measure import Measured, Seconds, Slo, measure
 from lineshaft.evaluate.load.record import Record
@@ -28,6 +28,10 @@ from lineshaft.evaluate.load.wire import Api, body
 from lineshaft.evaluate.load.workload import Asks, Workload
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+DAY = 86_400
+"""Seconds; no run sends for longer."""
+FEWEST = 20
+"""A search tries no rate that offers fewer requests: a handful tells no share, and by chance none may be due at all."""
 Watch = Callable[[str, int], AbstractContextManager[Bar]]
 """Makes a progress bar from a label and the number of requests to come."""
 
@@ -49,8 +53,8 @@ class LoadConfig(Config):
     """What a good request is."""
     search: SearchConfig | None = None
     """With it the highest rate that meets the SLO is looked for, from the arrivals' rate on."""
-    seconds: float = Field(30.0, gt=0, le=86_400, allow_inf_nan=False)
-    """How long requests are sent, after the warm-up; in a search at each rate."""
+    seconds: float = Field(30.0, gt=0, le=DAY, allow_inf_nan=False)
+    """How long requests are sent, after the warm-up; in a search at each rate. A trace is played to its end unless this is given."""
     warmup: float = Field(0.0, ge=0, le=3600)
     """Seconds of load before that, at the beginning of the same arrivals; not counted."""
     timeout: Seconds = 60.0
@@ -115,8 +119,9 @@ def bench(config: LoadConfig, watch: Watch, loop: Callable[[], asyncio.AbstractE
     Raises ConfigError, RequestError, UnknownModel, Capacity or EngineError when the server can't be measured at all, before any
     load. `loop` makes the event loop; its clock is the one that all times are taken by.
     """
+    config = _whole_trace(config)
     _refuse_floods(config)
-    key = os.environ.get(KEY_VARIABLE) or None
+    key = usable_key(os.environ.get(KEY_VARIABLE))
     with asyncio.Runner(loop_factory=loop) as runner:
         target = runner.run(_settled(config, key))
         config = config.model_copy(update={"url": target.url, "model": target.model})
@@ -139,8 +144,9 @@ def _searched(config: LoadConfig, search: SearchConfig, run: Callable[[int, floa
         return ProbeResult(rate, seen.good, seen.answered + seen.failed, seen.keeps_up, runs[-1].interrupted)
 
     assert not isinstance(config.arrivals, Trace)
-    most = config.max_requests / config.whole_seconds
-    found = find_rate(probe, config.arrivals.rate, config.slo.share, search.model_copy(update={"highest": min(search.highest, most)}))
+    most, fewest = config.max_requests / config.whole_seconds, FEWEST / config.seconds
+    bounds = {"highest": min(search.highest, most), "lowest": max(search.lowest, fewest)}
+    found = find_rate(probe, config.arrivals.rate, config.slo.share, search.model_copy(update=bounds))
     at_rate = [item for item in runs if item.rate == found.rate and item.measured.keeps_up and not item.interrupted]
     return Outcome(config, (at_rate or runs)[-1], runs, found)
 
@@ -151,7 +157,7 @@ async def _settled(config: LoadConfig, key: str | None) -> Target:
     async with connected(key) as session:
         target = Target(url, await find_model(session, url, config.model, key), config.api, key)
         asks = Asks(config.workload, plan(config, None, 0)[:1], config.seed)
-        await look(session, target, _body(config, target, asks, None))
+        await look(session, target, _body(config, target, asks, None), max(LOOK_SECONDS, config.timeout))
     return target
 
 
@@ -187,6 +193,18 @@ def plan(config: LoadConfig, rate: float | None, seed: int) -> list[Arrival]:
 def _body(config: LoadConfig, target: Target, asks: Asks, place: int | None) -> bytes:
     ask = asks.trial() if place is None else asks[place]
     return body(target.api, target.model, ask, ignore_eos=config.workload.ignore_eos, temperature=config.workload.temperature)
+
+
+def _whole_trace(config: LoadConfig) -> LoadConfig:
+    """With a trace's own length, where no other was asked for."""
+    if not isinstance(config.arrivals, Trace) or "seconds" in config.model_fields_set:
+        return config
+    span = config.arrivals.span()
+    if span <= config.warmup:
+        raise ConfigError(f"the trace lasts {span:g} s, so a warm-up of {config.warmup:g} s leaves nothing to measure")
+    if span > DAY:
+        raise ConfigError(f"the trace lasts {span:,.0f} s, more than a day: set arrivals.speed, or how much of it to play with --duration")
+    return config.model_copy(update={"seconds": span - config.warmup})
 
 
 def _refuse_floods(config: LoadConfig) -> None:

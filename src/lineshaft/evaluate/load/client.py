@@ -23,11 +23,13 @@ from lineshaft.evaluate.load.record import Record
 from lineshaft.evaluate.load.wire import DONE, PATHS, Api, Event, Lines, event
 
 LOOK_SECONDS = 60.0
-"""How long the first look at a server may take, its first answer included."""
+"""How long a server may take to list its models, and at least to answer the first request."""
 _KEEP_SECONDS = 2.0
 """An idle connection is closed after this: before the server does it, which would look like a failure (uvicorn: after 5 s)."""
 _DETAIL = 300
 """Characters of a server's complaint that are kept."""
+_MOST_NAMES = 10
+"""Models that an error lists; some services have hundreds."""
 _OURS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)
 """Errors of a connection that say that this machine has run out of something."""
 
@@ -43,22 +45,32 @@ class Target:
     key: str | None = field(default=None, repr=False)
 
     def clean(self, text: str) -> str:
-        """`text` on one line, short, and without the key."""
-        return " ".join((text.replace(self.key, "(key)") if self.key else text).split())[:_DETAIL]
+        """`text` on one line, short, without the key, and without what moves a terminal's cursor."""
+        line = " ".join((text.replace(self.key, "(key)") if self.key else text).split())
+        return "".join(sign for sign in line if sign.isprintable())[:_DETAIL]
 
 
 def address(url: str) -> str:
     """A server's URL without `/v1` and slashes at its end. Raises ConfigError for what can't be one."""
-    parts = urlsplit(url)
+    told = f'"{url}": write a server as http://host:port'
     try:
+        parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is no number
-        good = None
+    except ValueError:  # a port that is no number, or half an IPv6 address
+        raise ConfigError(told) from None
     if not good or parts.query or parts.fragment:
-        raise ConfigError(f'"{url}": write a server as http://host:port')
+        raise ConfigError(told)
     if "@" in parts.netloc:
         raise ConfigError("a server's URL is shown and stored: no name or password in it; put a key into OPENAI_API_KEY")
     return url.rstrip("/").removesuffix("/v1")
+
+
+def usable_key(text: str | None) -> str | None:
+    """A key as it can stand in a header; None for none. Raises ConfigError, which doesn't show it, for one that can't."""
+    key = (text or "").strip()  # `$(cat file)` and .env files leave white space
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError("OPENAI_API_KEY holds characters that no key has: set it to the key alone")
+    return key or None
 
 
 @asynccontextmanager
@@ -91,7 +103,8 @@ async def send(session: aiohttp.ClientSession, target: Target, body: bytes, reco
         number = error.os_error.errno if error.os_error else None
         _failed(record, "client" if number in _OURS else "connection", target.clean(str(error)))
     except (aiohttp.ClientError, OSError) as error:
-        _failed(record, "cut off" if record.tokens_at else "connection", target.clean(str(error) or type(error).__name__))
+        if record.ended is None:  # else the answer was whole, and only the connection broke behind it
+            _failed(record, "cut off" if record.tokens_at else "connection", target.clean(str(error) or type(error).__name__))
     except ValueError as error:
         _failed(record, "bad answer", target.clean(str(error)))
 
@@ -102,7 +115,7 @@ async def _converse(session: aiohttp.ClientSession, target: Target, body: bytes,
     headers = {"content-type": "application/json"}
     async with session.post(target.url + PATHS[target.api], data=body, headers=headers, allow_redirects=False) as answer:
         if answer.status != 200:
-            _failed(record, f"http {answer.status}", target.clean(_message(await _head(answer))))
+            _failed(record, f"http {answer.status}", target.clean(_message(await _head(answer, 4096))))
             return
         if answer.content_type != "text/event-stream":
             _failed(record, "bad answer", f"{answer.content_type} instead of a stream of events")
@@ -146,8 +159,12 @@ def _failed(record: Record, kind: str, detail: str) -> None:
     record.error, record.detail = kind, detail
 
 
-async def _head(answer: aiohttp.ClientResponse) -> bytes:
-    return await answer.content.read(4096)
+async def _head(answer: aiohttp.ClientResponse, most: int) -> bytes:
+    """The first `most` bytes of a body; one read gives only what has come by then."""
+    body = b""
+    while len(body) < most and (data := await answer.content.read(most - len(body))):
+        body += data
+    return body
 
 
 def _message(body: bytes) -> str:
@@ -171,7 +188,7 @@ async def find_model(session: aiohttp.ClientSession, url: str, wanted: str | Non
     blank = Target(url, "", "completions", key)
     try:
         async with asyncio.timeout(LOOK_SECONDS), session.get(url + "/v1/models", allow_redirects=False) as answer:
-            status, body = answer.status, await answer.content.read(1 << 20)
+            status, body = answer.status, await _head(answer, 4 << 20)
     except (aiohttp.ClientError, OSError) as error:  # a timeout is an OSError, too
         raise ConfigError(f"{url}: no server answers there: {blank.clean(str(error) or type(error).__name__)}") from None
     if status != 200 and wanted and status not in (401, 403):
@@ -180,9 +197,9 @@ async def find_model(session: aiohttp.ClientSession, url: str, wanted: str | Non
         raise _refusal(blank, Record(0, 0.0, error=f"http {status}", detail=blank.clean(_message(body))))
     names = _names(body)
     if wanted and names and wanted not in names:
-        raise UnknownModel(f'{url} does not serve "{wanted}"; it has {", ".join(names)}', "model")
+        raise UnknownModel(f'{url} does not serve "{wanted}"; it has {_listed(names, blank)}', "model")
     if not wanted and len(names) != 1:
-        raise ConfigError(f"{url} serves {', '.join(names) or 'no model that it names'}: choose one with --model")
+        raise ConfigError(f"{url} serves {_listed(names, blank) or 'no model that it names'}: choose one with --model")
     return wanted or names[0]
 
 
@@ -193,17 +210,22 @@ def _names(body: bytes) -> list[str]:
         return []
 
 
-async def look(session: aiohttp.ClientSession, target: Target, body: bytes) -> None:
+def _listed(names: list[str], target: Target) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(target.clean(name) for name in names[:_MOST_NAMES]) + more
+
+
+async def look(session: aiohttp.ClientSession, target: Target, body: bytes, seconds: float) -> None:
     """Ask once, uncounted, so that what every request would be refused for is told at once and in words.
 
-    Raises ConfigError, RequestError, UnknownModel, Capacity or EngineError.
+    Waits `seconds` at most. Raises ConfigError, RequestError, UnknownModel, Capacity or EngineError.
     """
     record = Record(0, 0.0)
     try:
-        async with asyncio.timeout(LOOK_SECONDS):
+        async with asyncio.timeout(seconds):
             await send(session, target, body, record, asyncio.get_running_loop().time())
     except TimeoutError:
-        raise EngineError(f"{target.url}: no answer to the first request within {LOOK_SECONDS:.0f} s") from None
+        raise EngineError(f"{target.url}: no answer to the first request within {seconds:.0f} s") from None
     if record.error:
         raise _refusal(target, record)
 

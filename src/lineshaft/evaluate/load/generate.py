@@ -80,11 +80,12 @@ async def _one(send: Send, record: Record, start: float, timeout: float, on_end:
 
 
 async def _beat(lateness: list[float]) -> None:
-    loop = asyncio.get_running_loop()
+    """Beats are due at fixed times, as the requests are: a halt of a second is twenty late ones, and not one."""
+    due = asyncio.get_running_loop().time()
     while True:
-        due = loop.time() + BEAT_SECONDS
-        await asyncio.sleep(BEAT_SECONDS)
-        lateness.append(max(0.0, loop.time() - due))
+        due += BEAT_SECONDS
+        await _until(due)
+        lateness.append(max(0.0, asyncio.get_running_loop().time() - due))
 
 
 @contextmanager

@@ -19,8 +19,6 @@ from lineshaft.base.config import Config
 
 _Z = 1.96
 """Standard deviations of a 95 % interval."""
-_LOWEST_SHARE = 1 / 1024
-"""The search gives up below this share of its start."""
 Limit = Literal["slo", "highest", "lowest", "client", "probes", "interrupted"]
 
 
@@ -31,6 +29,8 @@ class SearchConfig(Config):
     """Stop when the lowest rate that fails is at most this share above the highest that passes."""
     highest: float = Field(1000.0, gt=0, allow_inf_nan=False)
     """Requests a second that are never exceeded."""
+    lowest: float = Field(0.001, gt=0, allow_inf_nan=False)
+    """Requests a second below which nothing is sought."""
     repeats: int = Field(3, ge=2)
     """Most probes of one rate whose outcome is in doubt."""
     probes: PositiveInt = 40
@@ -79,7 +79,7 @@ def find_rate(probe: Callable[[float], ProbeResult], start: float, share: float,
 def next_step(seen: Sequence[ProbeResult], start: float, share: float, config: SearchConfig) -> float | Limit:
     """The rate to probe now, or why there is none."""
     if not seen:
-        return min(float(start), config.highest)
+        return min(max(float(start), config.lowest), config.highest)
     if seen[-1].interrupted:
         return "interrupted"
     last = seen[-1].rate
@@ -96,7 +96,7 @@ def next_step(seen: Sequence[ProbeResult], start: float, share: float, config: S
     if failing is None:
         return "highest" if last >= config.highest else min(2 * last, config.highest)
     if passing is None:
-        return "lowest" if failing <= start * _LOWEST_SHARE else failing / 2
+        return "lowest" if failing <= config.lowest else max(failing / 2, config.lowest)
     if failing > passing * (1 + config.tolerance):
         return math.sqrt(passing * failing)
     return "slo" if len(_at(seen, passing)) > 1 else passing
