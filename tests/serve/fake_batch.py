@@ -12,11 +12,11 @@ import signal
 import sys
 from pathlib import Path
 
-from fake_engine import FakeEngine, tokenizer
+from fake_engine import FakeEngine
+from in_thread import in_thread
 
 from lineshaft.serve.batch import BatchConfig, answer_file
 from lineshaft.serve.metrics import Metrics
-from lineshaft.serve.served import Served
 from lineshaft.serve.worker import Worker
 
 MODEL = "fake-1"
@@ -26,7 +26,7 @@ def answered(source, target, engine):
     """One run to its end."""
 
     def worker():
-        return Worker(lambda: Served(engine, tokenizer()), Metrics(MODEL), 64)
+        return Worker(lambda: in_thread(lambda: engine), Metrics(MODEL), 64)
 
     return answer_file(worker, MODEL, source, target, BatchConfig(in_flight=4))
 

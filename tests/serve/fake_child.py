@@ -1,4 +1,4 @@
-"""An engine process around a fake engine: `fake_child.py OPTIONS FD`; OPTIONS is JSON with fields of FakeEngine, or "loading"."""
+"""An engine process around a fake engine: `fake_child.py OPTIONS`; OPTIONS is JSON with fields of FakeEngine, or "loading"."""
 
 import json
 import os

@@ -14,15 +14,15 @@ from lineshaft.serve.server import ServeConfig, serve_until_stopped
 CHILD = [sys.executable, str(Path(__file__).with_name("fake_child.py")), sys.argv[1]]
 
 
-def load(_):
-    remote = RemoteEngine(Path(), EngineConfig(), float(sys.argv[2]), CHILD)
-    remote.wait_ready()
+async def start(_):
+    remote = await RemoteEngine.spawned(Path(), EngineConfig(), float(sys.argv[2]), CHILD)
+    await remote.wait_ready()
     return Served(remote, tokenizer())
 
 
 if __name__ == "__main__":
     try:
-        serve_until_stopped(load, "fake-1", ServeConfig(port=0, drain_seconds=20), on_listening=lambda port: print(port, flush=True))
+        serve_until_stopped(start, "fake-1", ServeConfig(port=0, drain_seconds=20), on_listening=lambda port: print(port, flush=True))
     except LineshaftError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

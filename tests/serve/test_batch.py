@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from fake_batch import MODEL, answered
 from fake_engine import TEXT, FakeEngine, embedding, tokenizer
+from in_thread import in_thread
 from world import serving
 
 from lineshaft.base.errors import BadCheckpoint, ConfigError, SourceError
 from lineshaft.serve.batch import BatchConfig, answer_file, summary
 from lineshaft.serve.limits import Limits
 from lineshaft.serve.metrics import Metrics
-from lineshaft.serve.served import Served
 from lineshaft.serve.worker import Worker
 
 SCRIPT = Path(__file__).with_name("fake_batch.py")
@@ -82,7 +82,7 @@ def test_what_the_server_would_refuse_is_refused_in_its_place(tmp_path):
     source, target = written(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"
 
     def worker():
-        return Worker(lambda: Served(FakeEngine(), tokenizer()), Metrics(MODEL), 64)
+        return Worker(lambda: in_thread(FakeEngine), Metrics(MODEL), 64)
 
     tally = answer_file(worker, MODEL, source, target, BatchConfig(limits=Limits(max_body_bytes=1000)))
     told = [item["response"] for item in answers(target)]
@@ -95,7 +95,7 @@ def test_more_than_the_queue_holds_are_all_answered(tmp_path):
     source = written(tmp_path / "in.jsonl", [request(f"r{number}", n=2) for number in range(24)])
 
     def worker():
-        return Worker(lambda: Served(FakeEngine(), tokenizer()), Metrics(MODEL), 4)
+        return Worker(lambda: in_thread(FakeEngine), Metrics(MODEL), 4)
 
     assert answer_file(worker, MODEL, source, tmp_path / "out.jsonl", BatchConfig()).refused == 0
 
@@ -104,7 +104,7 @@ def test_an_engine_that_fails_is_loaded_again_and_the_requests_are_tried_again(s
     engines = iter([FakeEngine(break_at=5), FakeEngine()])
 
     def worker():
-        return Worker(lambda: Served(next(engines), tokenizer()), Metrics(MODEL), 64)
+        return Worker(lambda: in_thread(lambda: next(engines)), Metrics(MODEL), 64)
 
     assert answer_file(worker, MODEL, source, tmp_path / "out.jsonl", BatchConfig()).refused == 0
     assert "a kernel failed" in capfd.readouterr().err

@@ -1,24 +1,27 @@
 """The frames between server and engine process: any split of bytes gives the same messages, garbage is an error of ours."""
 
+import asyncio
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
-import msgspec
 import pytest
+from fake_engine import FakeEngine
 from hypothesis import given
 from hypothesis import strategies as st
+from in_thread import in_thread
 
 from lineshaft.base import errors
 from lineshaft.base.errors import EngineError, LineshaftError, RequestError, TooLong
 from lineshaft.engine.config import EngineConfig
 from lineshaft.sched.load import Load
 from lineshaft.sched.request import Ask, Emitted, Pooled, PromptScored, Refused, Sampling, Score, Started
-from lineshaft.serve.frames import Cancel, Channel, Failed, Orders, Ready, Step, Submit, ToEngine, ToServer, revived
+from lineshaft.serve.frames import Cancel, Failed, Frames, Orders, Ready, Step, Submit, ToEngine, ToServer, framed, revived
 from lineshaft.serve.remote import RemoteEngine
 
 NUMBERS, TEXTS = st.integers(0, 1 << 40), st.text(max_size=8)
@@ -40,34 +43,18 @@ MESSAGES = st.one_of(
 
 
 def received(pieces, kind=ToServer):
-    """What a channel makes of bytes that come in these pieces."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        channel, messages = Channel(ours, kind), []
-        for piece in filter(None, pieces):
-            theirs.sendall(piece)
-            channel.fill()
-            while (message := channel.buffered()) is not None:
-                messages.append(message)
-        return messages
-
-
-def exchange(channel, message):
-    """Send one and take one in."""
-    channel.send(message)
-    while (found := channel.buffered()) is None:
-        assert channel.fill()
-    return found
-
-
-def framed(*messages):
-    bodies = [msgspec.msgpack.encode(message) for message in messages]
-    return b"".join(len(body).to_bytes(4, "big") + body for body in bodies)
+    """What is made of bytes that come in these pieces."""
+    frames, messages = Frames(kind), []
+    for piece in pieces:
+        frames.feed(piece)
+        while (message := frames.next()) is not None:
+            messages.append(message)
+    return messages
 
 
 @given(messages=st.lists(MESSAGES, max_size=4), cuts=st.lists(st.integers(0, 600), max_size=6))
 def test_messages_come_out_as_they_went_in_however_their_bytes_are_split(messages, cuts):
-    whole = framed(*messages)
+    whole = b"".join(map(framed, messages))
     places = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
     assert received(whole[first:last] for first, last in pairwise(places)) == messages
 
@@ -84,22 +71,6 @@ def test_garbage_is_an_error_of_ours_or_a_frame_that_is_not_complete_yet(garbage
 def test_a_frame_that_cannot_be_read_is_refused(garbage):
     with pytest.raises(EngineError, match="other process"):
         received([garbage])
-
-
-def test_a_large_frame_crosses_while_the_other_end_sends_as_well():
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ends = [Channel(ours, ToServer), Channel(theirs, ToEngine)]
-        large = Submit([1], list(range(300_000)), {}, "generate", 0), Step([Pooled(1, [0.5] * 300_000)], Load())
-        with ThreadPoolExecutor(2) as threads:
-            found = list(threads.map(exchange, ends, large))
-        assert found == [*reversed(large)]
-
-
-def test_an_end_that_takes_nothing_in_is_given_up():
-    ours, theirs = socket.socketpair()
-    with ours, theirs, pytest.raises(TimeoutError):
-        Channel(ours, ToServer).send(Submit([1], list(range(300_000)), {}, "generate", 0), seconds=0.05)
 
 
 def test_what_is_asked_for_crosses_with_every_field():
@@ -125,35 +96,108 @@ def test_no_other_class_is_made_by_its_name(name):
 
 CHILD = """
 import socket, sys
-connection = socket.socket(fileno=int(sys.argv[-1]))
+connection = socket.socket(fileno=0)
 connection.recv(1 << 16)
 connection.sendall(bytes.fromhex(sys.argv[1]))
 while connection.recv(1 << 16):
     continue
 """
+DEAF = """
+import socket, sys, time
+connection = socket.socket(fileno=0)
+connection.recv(1 << 16)
+connection.sendall(bytes.fromhex(sys.argv[1]))
+time.sleep(60)
+"""
+READY = framed(Ready(64, 0, 0.0, 0.0, []))
 
 
-def started(replies):
-    return RemoteEngine(Path(), EngineConfig(), 20.0, [sys.executable, "-c", CHILD, replies.hex()])
+async def started(replies, child=CHILD, stall_seconds=20.0):
+    remote = await RemoteEngine.spawned(Path(), EngineConfig(), stall_seconds, [sys.executable, "-c", child, replies.hex()])
+    assert (await remote.wait_ready()).context_tokens == 64
+    return remote
 
 
-@pytest.mark.parametrize("garbage", [b"\xff\xff\xff\xff", b"\0\0\0\1\xc1", framed(Ready(1, 1, 1.0, 1.0, []))], ids=range(3))
+async def asked(prompt, *how, **settings):
+    """Submit to a process that plays these replies; returns how it died, and what is left of it."""
+    engine = await started(*how, **settings)
+    engine.submit(Ask(prompt, Sampling()))
+    try:
+        while True:
+            await engine.step()
+    except EngineError as error:
+        return str(error), engine.process.returncode
+    finally:
+        await engine.close()
+
+
+@pytest.mark.parametrize("garbage", [b"\xff\xff\xff\xff", b"\0\0\0\1\xc1", READY], ids=range(3))
 def test_a_process_that_sends_garbage_is_killed(garbage):
-    engine = started(framed(Ready(64, 0, 0.0, 0.0, [])) + garbage)
-    assert engine.wait_ready().context_tokens == 64
-    engine.submit(Ask([1], Sampling()))
-    with pytest.raises(EngineError, match="the engine process ended"):
-        engine.step()
-    assert engine.process.returncode is not None
-    engine.close()
+    why, status = asyncio.run(asked([1], READY + garbage))
+    assert "the engine process ended" in why
+    assert status is not None
+
+
+def test_a_process_that_takes_nothing_in_is_killed():
+    why, status = asyncio.run(asked(list(range(300_000)), READY, DEAF, stall_seconds=0.2))
+    assert "it said nothing for 0.2 s" in why
+    assert status == -signal.SIGKILL
+
+
+def test_a_large_frame_crosses_while_the_other_end_sends_as_well():
+    pooled = Pooled(1, [0.5] * 300_000)
+
+    async def exchange():
+        served = await in_thread(lambda: LargeEngine(pooled))
+        served.engine.submit(Ask(list(range(300_000)), Sampling(), "embed"))
+        served.engine.submit(Ask(list(range(300_000)), Sampling(), "embed"))
+        told = []
+        while not served.engine.idle:
+            told += await served.engine.step()
+        await served.engine.close()
+        return told
+
+    assert asyncio.run(exchange()) == [pooled, Pooled(2, pooled.embedding)]
+
+
+class LargeEngine(FakeEngine):
+    """Answers each request with the same embedding."""
+
+    def __init__(self, pooled):
+        super().__init__()
+        self.pooled = pooled
+
+    def _work(self, number, request):
+        del self.requests[number]
+        yield Pooled(number, self.pooled.embedding)
+
+
+def test_a_process_that_cannot_be_started_is_an_error_of_ours():
+    with pytest.raises(EngineError, match="could not be started"):
+        asyncio.run(RemoteEngine.spawned(Path(), EngineConfig(), 1.0, ["/no/such/program"]))
 
 
 def test_a_process_without_its_parent_loads_nothing():
     ours, theirs = socket.socketpair()
-    with ours, theirs:
-        command = [sys.executable, "-m", "lineshaft.serve.child", str(theirs.fileno())]
-        with subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL) as process:
-            Channel(ours, ToServer).send(Orders("nowhere", {}, os.getppid()))
+    with ours:
+        with theirs, subprocess.Popen([sys.executable, "-m", "lineshaft.serve.child"], stdin=theirs) as process:
+            ours.sendall(framed(Orders("nowhere", {}, os.getppid())))
             assert process.wait(20) == 0
-            theirs.close()
-            assert ours.recv(1) == b""
+        assert ours.recv(1) == b""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sets the limit of open files")
+def test_descriptors_above_1023_are_fine():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, hard), hard))
+    held = []
+    try:
+        while len(held) < 1030:
+            held.append(os.dup(0))
+        step = framed(Step([Pooled(1, [])], Load()))
+        why, _ = asyncio.run(asked([1], READY + step + b"\xff\xff\xff\xff"))
+        assert "is no frame" in why
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import aiohttp
 import openai
 import uvicorn
-from fake_engine import FakeEngine, tokenizer
+from fake_engine import FakeEngine
+from in_thread import in_thread
 
+from lineshaft.base.errors import BadCheckpoint
 from lineshaft.serve.api import Api
 from lineshaft.serve.limits import Limits
 from lineshaft.serve.metrics import Metrics
-from lineshaft.serve.served import Served
 from lineshaft.serve.worker import Worker
 
 MODEL = "fake-1"
@@ -60,10 +61,16 @@ class World:
 @contextmanager
 def serving(*engines, max_waiting=64, limits=None, load=None):
     """Serve with these engines, each taking over when the one before has failed."""
-    left = iter(engines)
+    left, used = list(engines), []
+
+    def following():
+        if not left:
+            raise BadCheckpoint("no engine is left")
+        used.append(left.pop(0))
+        return used[-1]
+
     metrics = Metrics(MODEL)
-    worker = Worker(load or (lambda: Served(used.append(next(left)) or used[-1], tokenizer())), metrics, max_waiting)
-    used: list[FakeEngine] = []
+    worker = Worker(lambda: in_thread(load or following), metrics, max_waiting)
     app = Api(worker, MODEL, metrics, limits or Limits(max_body_bytes=1 << 20)).app()
     config = uvicorn.Config(app, lifespan="on", log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)

@@ -171,7 +171,7 @@ class _Run:
 
     async def _until_ready(self) -> None:
         """Wait while the model loads. Raises what went wrong when it can't be loaded."""
-        while self._worker.state == "loading":
+        while self._worker.state in ("loading", "restarting"):
             await asyncio.sleep(_POLL_S)
         if self._worker.failure:
             raise self._worker.failure

@@ -1,4 +1,4 @@
-"""`python -m lineshaft.serve.child FD`: the engine's own process, which a server starts and talks to over a socket.
+"""`python -m lineshaft.serve.child`: the engine's own process, which a server starts and talks to over the socket on its stdin.
 
 It loads the model, warms it up, then takes requests in and runs steps until the server closes the socket, which also
 happens when the server dies. An engine that raises ends the process: its state can't be trusted. The server sees the end
@@ -14,8 +14,9 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -23,9 +24,9 @@ from lineshaft.base.config import load as load_config
 from lineshaft.base.errors import LineshaftError, RequestError
 from lineshaft.base.terminal import say
 from lineshaft.engine.config import EngineConfig
-from lineshaft.sched.request import Event, Refused, ends
+from lineshaft.sched.load import Load
+from lineshaft.sched.request import Ask, Event, Refused, ends
 from lineshaft.serve.frames import Cancel, Channel, Failed, Orders, Ready, Step, Submit, ToEngine
-from lineshaft.serve.served import Engine
 
 _SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux's <sys/prctl.h>: end with the server even while a step or a load takes long."""
@@ -34,6 +35,26 @@ _SET_PARENT_DEATH_SIGNAL = 1
 _COMPILED_SHAPES = "64"
 """Products in bfloat16 are compiled for each number of rows, by oneDNN and again by PyTorch's layer over it, which keep 1024 each:
 with steps of all sizes that took 180 MB within three minutes. Fewer cost about half a millisecond a step (docs/log.md)."""
+
+
+class Engine(Protocol):
+    """What is needed of an engine."""
+
+    @property
+    def idle(self) -> bool:
+        """True when `step` has nothing to do."""
+
+    def submit(self, ask: Ask) -> list[int]:
+        """Take a request in; returns a number for each copy. Raises RequestError or Capacity."""
+
+    def cancel(self, request: int) -> None:
+        """Forget a request and free its pages."""
+
+    def step(self) -> Sequence[Event]:
+        """Do one round of work."""
+
+    def load_now(self) -> Load:
+        """How busy it is."""
 
 
 def serve_engine(channel: Channel, load: Callable[[Orders], tuple[Engine, Ready]]) -> None:
@@ -114,8 +135,7 @@ def _next(channel: Channel) -> ToEngine | None:
     while (message := channel.buffered()) is None:
         if not channel.fill():
             return None
-    order: ToEngine = message
-    return order
+    return message
 
 
 def load_engine(orders: Orders) -> tuple[Engine, Ready]:
@@ -128,15 +148,15 @@ def load_engine(orders: Orders) -> tuple[Engine, Ready]:
 
 
 def main(load: Callable[[Orders], tuple[Engine, Ready]] = load_engine) -> int:
-    """Work for the server at the other end of the socket whose file descriptor is the last argument."""
+    """Work for the server at the other end of the socket that is our stdin."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, or systemd, may reach the whole group; how to end is the server's to say
         signal.signal(number, signal.SIG_IGN)
-    with socket.socket(fileno=int(sys.argv[-1])) as connection:
-        connection.set_inheritable(False)  # held by a process that we start, it would hide our death
+    with socket.socket(fileno=os.dup(0)) as connection, open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)  # held by a process that we start, it would hide our death
         try:
-            serve_engine(Channel(connection, ToEngine), load)
+            serve_engine(Channel(connection), load)
         except (BrokenPipeError, ConnectionResetError):
             say("the server has gone; its engine process ends")
     return 0

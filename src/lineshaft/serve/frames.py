@@ -16,7 +16,7 @@ from lineshaft.base.errors import EngineError, LineshaftError
 from lineshaft.sched.load import Load
 from lineshaft.sched.request import Ask, Emitted, Pooled, PromptScored, Refused, Sampling, Started
 
-MOST_BYTES = 1 << 30
+MOST_BYTES = 1 << 28
 """A longer frame is taken for garbage. Scores of a whole long prompt are the largest that is ever sent, some megabytes."""
 _HEAD = 4
 _PIECE = 1 << 16
@@ -88,29 +88,25 @@ ToEngine: TypeAlias = Orders | Submit | Cancel
 ToServer: TypeAlias = Ready | Failed | Step
 
 
-class Channel:
-    """Frames over a connected stream socket. `kind`: the union of what comes in."""
+def framed(message: ToEngine | ToServer) -> bytes:
+    """A message as it goes over the socket."""
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(_HEAD, "big") + body
 
-    def __init__(self, connection: socket.socket, kind: Any) -> None:
-        self.socket = connection
+
+class Frames:
+    """Makes messages of bytes, however those were split. `kind`: the union of what comes in."""
+
+    def __init__(self, kind: Any) -> None:
         self._decoder = msgspec.msgpack.Decoder(kind)
         self._buffer = bytearray()
 
-    def send(self, message: ToEngine | ToServer, seconds: float | None = None) -> None:
-        """Raises OSError when the other end has gone, or has taken nothing for `seconds` (None: that is waited for)."""
-        body = msgspec.msgpack.encode(message)
-        rest = memoryview(len(body).to_bytes(_HEAD, "big") + body)
-        while rest:  # both ends may be sending: who can't go on takes in what has come, or they would wait for each other
-            readable, writable, _ = select.select([self.socket], [self.socket], [], seconds)
-            if not readable and not writable:
-                raise TimeoutError("the other process does not take in what it is sent")
-            if readable and not self.fill():
-                raise BrokenPipeError("the other process has closed the connection")
-            if writable:
-                rest = rest[self.socket.send(rest[:_PIECE]) :]
+    def feed(self, received: bytes) -> None:
+        """Take in what has come."""
+        self._buffer += received
 
-    def buffered(self) -> Any:
-        """The next frame that has come already, or None. Raises EngineError for one that can't be read."""
+    def next(self) -> Any:
+        """The next message, or None as long as it is not complete. Raises EngineError for what can't be read."""
         if len(self._buffer) < _HEAD:
             return None
         size = int.from_bytes(self._buffer[:_HEAD], "big")
@@ -125,10 +121,33 @@ class Channel:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise EngineError(f"the other process sent what can't be read: {error}") from None
 
+
+class Channel:
+    """The engine's end of the socket. The server's is in remote.py, inside an event loop."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self._frames = Frames(ToEngine)
+
+    def send(self, message: ToServer) -> None:
+        """Raises OSError when the other end has gone. Waits as long as it takes nothing in."""
+        rest = memoryview(framed(message))
+        while rest:  # both ends may be sending: who can't go on takes in what has come, or they would wait for each other
+            readable, writable, _ = select.select([self.socket], [self.socket], [])
+            if readable and not self.fill():
+                raise BrokenPipeError("the other process has closed the connection")
+            if writable:
+                rest = rest[self.socket.send(rest[:_PIECE]) :]
+
+    def buffered(self) -> ToEngine | None:
+        """The next message that has come already, or None. Raises EngineError for one that can't be read."""
+        message: ToEngine | None = self._frames.next()
+        return message
+
     def fill(self) -> bool:
         """Take in what has come, waiting for the first byte. False at the end of the connection."""
         received = self.socket.recv(1 << 20)
-        self._buffer += received
+        self._frames.feed(received)
         return bool(received)
 
 

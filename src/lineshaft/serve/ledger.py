@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,14 +34,15 @@ class Ledger:
     def __init__(self, metrics: Metrics, waiting: Callable[[], int]) -> None:
         """`waiting`: how many requests wait for a first step."""
         self._metrics = metrics
-        self._load = Load()
-        self.engine_process: int | None = None
+        self.load = Load()
+        """How busy the engine was after its last step."""
+        self._engine_process: int | None = None
         for reason in ("stop", "length", "abort", "error"):  # seen as 0 from the start: the first of a kind shows in a rate, too
             metrics.count("vllm:request_success", 0, finished_reason=reason)
         metrics.follow("vllm:num_requests_waiting", waiting)
-        metrics.follow("vllm:num_requests_running", lambda: self._load.running)
-        metrics.follow("vllm:kv_cache_usage_perc", lambda: self._load.cache_usage)
-        metrics.follow("lineshaft:admission_limit", lambda: self._load.admission_limit)
+        metrics.follow("vllm:num_requests_running", lambda: self.load.running)
+        metrics.follow("vllm:kv_cache_usage_perc", lambda: self.load.cache_usage)
+        metrics.follow("lineshaft:admission_limit", lambda: self.load.admission_limit)
         metrics.follow("lineshaft:resident_memory_bytes", resident_memory_bytes, process="front")
         metrics.follow("lineshaft:resident_memory_bytes", self._engine_memory, process="engine")
 
@@ -74,7 +74,7 @@ class Ledger:
 
     def stepped(self, load: Load, tokens: int) -> None:
         """A step gave so many tokens and left the engine as busy as `load` says."""
-        before, self._load = self._load, load
+        before, self.load = self.load, load
         if load.busy_seconds > before.busy_seconds:
             self._metrics.count("lineshaft:engine_busy_seconds", load.busy_seconds - before.busy_seconds)
             self._metrics.observe("vllm:iteration_tokens_total", load.step_tokens)
@@ -84,15 +84,15 @@ class Ledger:
                 self._metrics.count(counter, more)
         self._metrics.count("vllm:generation_tokens", tokens)
 
-    def loaded(self, again: bool) -> None:
+    def loaded(self, again: bool, process: int | None = None) -> None:
         """A fresh engine takes over, with totals of zero."""
-        self._load = Load()
+        self.load, self._engine_process = Load(), process
         if again:
             self._metrics.count("lineshaft:engine_restarts")
 
     def lost(self) -> None:
         """There is no engine now."""
-        self._load = Load()
+        self.load, self._engine_process = Load(), None
 
     def _engine_memory(self) -> int:
-        return 0 if self.engine_process in (None, os.getpid()) else resident_memory_bytes(self.engine_process)
+        return 0 if self._engine_process is None else resident_memory_bytes(self._engine_process)

@@ -1,18 +1,17 @@
-"""The engine's process as the server sees it: the same calls as an engine in this process, answered by frames.
+"""The engine's process as the server sees it: requests go in, events come out, all in the event loop.
 
-Its death, however it comes, is an EngineError from `step`; the worker then fails the requests in flight and loads another.
+Its death, however it comes, is an EngineError from `step`; the worker then fails the requests in flight and starts another.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
-import select
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -20,67 +19,88 @@ from lineshaft.base.errors import EngineError
 from lineshaft.engine.config import EngineConfig
 from lineshaft.sched.load import Load
 from lineshaft.sched.request import Ask, Event, ends
-from lineshaft.serve.frames import Cancel, Channel, Failed, Orders, Ready, Step, Submit, ToServer, revived
+from lineshaft.serve.frames import Cancel, Failed, Frames, Orders, Ready, Step, Submit, ToEngine, ToServer, framed, revived
 
+COMMAND = (sys.executable, "-m", "lineshaft.serve.child")
+_PIECE = 1 << 20
 _STRANGE = "it sent a frame that does not belong here"
 _LAST_WORDS_S = 0.5
 """From the end of its socket to its own; its status is worth so long a wait."""
 _END_SECONDS = 1.0
 """How long the process may take to end by itself when the socket is closed. It keeps nothing, so it may as well be killed."""
+_POLL_S = 0.002
+"""Between two looks at a process that is about to end."""
 
 
 class RemoteEngine:
-    """An engine in a process of its own. Used by one thread, but for `wake` and `close`."""
+    """An engine at the other end of a socket. To be made and used inside one event loop."""
 
-    def __init__(self, folder: Path, config: EngineConfig, stall_seconds: float, command: Sequence[str] | None = None) -> None:
-        """Starts the process; `wait_ready` waits for it.
-
-        `stall_seconds`: an engine that has work and says nothing for so long is given up. `command`: what to run, with the
-        number of the socket as its last argument; by default our own engine process.
-        """
-        ours, theirs = socket.socketpair()
-        self._woken, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
-        self._stall_seconds = stall_seconds
-        with theirs:
-            run = [*(command or [sys.executable, "-m", "lineshaft.serve.child"]), str(theirs.fileno())]
-            self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-                run,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what a library may print belongs to the log; our stdout may be what a parent reads
-                process_group=0,  # Ctrl-C in a terminal is for the server alone, which drains
-            )
-        self._channel = Channel(ours, ToServer)
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stall_seconds: float) -> None:
+        """`stall_seconds`: an engine that has work and says nothing for so long is given up."""
+        self._reader, self._writer, self._stall_seconds = reader, writer, stall_seconds
+        self._frames = Frames(ToServer)
         self._numbers = count(1)
         self._live: set[int] = set()
         self._load = Load()
         self._heard = time.monotonic()
         """When it last said something, or got work after it had none."""
-        self._channel.send(Orders(str(folder.resolve()), config.model_dump(), os.getpid()))
+        self._watch: asyncio.TimerHandle | None = None
+        self._stalled = False
+        self._ready: Ready | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        """None when it runs in a thread of ours, as in tests."""
 
-    def wait_ready(self) -> Ready:
+    @classmethod
+    async def connected(cls, connection: socket.socket, stall_seconds: float, folder: Path, config: EngineConfig) -> RemoteEngine:
+        """The engine at the other end, which is told what to load. `wait_ready` waits for that."""
+        remote = cls(*await asyncio.open_connection(sock=connection), stall_seconds)
+        remote._send(Orders(str(folder.resolve()), config.model_dump(), os.getpid()))
+        return remote
+
+    @classmethod
+    async def spawned(cls, folder: Path, config: EngineConfig, stall_seconds: float, command: Sequence[str] = COMMAND) -> RemoteEngine:
+        """An engine in a process of its own, whose end of the socket is its stdin. Raises EngineError when it can't be started."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:  # in this thread: the process ends with the thread that started it (PR_SET_PDEATHSIG)
+                process = subprocess.Popen(  # noqa: S603 - our own interpreter and module; it returns within milliseconds
+                    command,
+                    stdin=theirs.fileno(),
+                    stdout=2,  # what a library may print belongs to the log; our stdout may be what a parent reads
+                    process_group=0,  # Ctrl-C in a terminal is for the server alone, which drains
+                )
+            except OSError as error:
+                ours.close()
+                raise EngineError(f"the engine process could not be started: {error}") from None
+        remote = await cls.connected(ours, stall_seconds, folder, config)
+        remote.process = process
+        return remote
+
+    async def wait_ready(self) -> Ready:
         """Wait until the model is loaded. Raises what loading raised, or EngineError when the process ended."""
-        while (message := self._buffered()) is None:
-            if not self._fill():
-                raise self._death()
+        message = await self._message()
         if isinstance(message, Failed):
-            self.close()
+            await self.close()
             raise revived(message.error, message.message)
         if not isinstance(message, Ready):
-            raise self._death(_STRANGE)
-        self.ready = message
+            raise await self._death(_STRANGE)
+        self._ready = message
         return message
 
     @property
     def context_tokens(self) -> int:
         """Most tokens of prompt and answer."""
-        return self.ready.context_tokens
+        assert self._ready
+        return self._ready.context_tokens
 
     @property
     def idle(self) -> bool:
         """True when no request is in it."""
         return not self._live
+
+    def load_now(self) -> Load:
+        """How busy it was after its last step."""
+        return self._load
 
     def submit(self, ask: Ask) -> list[int]:
         """Hand a request over; returns a number for each copy. What the engine thinks of it comes from `step`."""
@@ -89,6 +109,8 @@ class RemoteEngine:
         numbers = [next(self._numbers) for _ in range(ask.copies)]
         self._send(Submit.of(numbers, ask))
         self._live.update(numbers)
+        if self._watch is None:
+            self._look()
         return numbers
 
     def cancel(self, request: int) -> None:
@@ -97,80 +119,91 @@ class RemoteEngine:
             self._live.discard(request)
             self._send(Cancel(request))
 
-    def step(self) -> Sequence[Event]:
-        """Wait for what the engine's next step gave, or until `wake`. Raises EngineError when the process has ended or hangs.
+    async def step(self) -> Sequence[Event]:
+        """Wait for what the engine's next step gave. Raises EngineError when the process has ended, hangs or talks nonsense.
 
         To be called also when the engine is idle: its death is noticed here.
         """
-        while (message := self._buffered()) is None:
-            left = None if self.idle else max(0.0, self._heard + self._stall_seconds - time.monotonic())
-            readable = select.select([self._channel.socket, self._woken], [], [], left)[0]
-            if self._woken in readable:
-                self._woken.recv(1 << 16)
-                return []
-            if not readable:
-                raise self._death(f"it said nothing for {self._stall_seconds:g} s")
-            if not self._fill():
-                raise self._death()
+        message = await self._message()
         if isinstance(message, Failed):
-            raise self._death(message.error)
+            raise await self._death(message.error)
         if not isinstance(message, Step):
-            raise self._death(_STRANGE)
+            raise await self._death(_STRANGE)
         self._heard = time.monotonic()
         self._load = message.load
         told = [event for event in message.events if event.request in self._live]  # not of those that were cancelled meanwhile
         self._live -= {event.request for event in told if ends(event)}
         return told
 
-    def load_now(self) -> Load:
-        """How busy it was after its last step."""
-        return self._load
+    async def close(self) -> None:
+        """End the process and see it gone. May be called again."""
+        self._cut()
+        if await self._status(_END_SECONDS) is None:
+            await self._killed()
 
-    def wake(self) -> None:
-        """Let `step` return at once, for another thread has something to hand over."""
-        with suppress(OSError):  # full: so many wake-ups wait already that one more says nothing; closed: nobody waits any more
-            self._waker.send(b"!")
+    def _send(self, message: ToEngine) -> None:
+        if not self._writer.is_closing():  # else `step` is about to tell that it has gone
+            self._writer.write(framed(message))  # one that takes nothing in is given up as stalled
 
-    def close(self) -> None:
-        """End the process. May be called again."""
-        for end in (self._channel.socket, self._waker, self._woken):
-            end.close()
-        try:
-            self.process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+    async def _message(self) -> ToServer:
+        while True:
+            try:
+                message: ToServer | None = self._frames.next()
+            except EngineError as error:
+                raise await self._death(str(error)) from None
+            if message is not None:
+                return message
+            try:
+                received = await self._reader.read(_PIECE)
+            except OSError:
+                received = b""
+            if not received:
+                raise await self._death(f"it said nothing for {self._stall_seconds:g} s" if self._stalled else None)
+            self._frames.feed(received)
 
-    def _send(self, message: Submit | Cancel) -> None:
-        try:
-            self._channel.send(message, self._stall_seconds)
-        except TimeoutError as error:
-            raise self._death(str(error)) from None
-        except OSError:
-            raise self._death() from None
+    def _look(self) -> None:
+        """Give up an engine that has work and has said nothing for too long; else look again when that could be so."""
+        self._watch = None
+        if self.idle:
+            return
+        left = self._heard + self._stall_seconds - time.monotonic()
+        if left > 0:
+            self._watch = asyncio.get_running_loop().call_later(left, self._look)
+        else:
+            self._stalled = True
+            self._cut()
 
-    def _buffered(self) -> ToServer | None:
-        try:
-            message: ToServer | None = self._channel.buffered()
-        except EngineError as error:
-            raise self._death(str(error)) from None
-        return message
+    def _cut(self) -> None:
+        """Close our end. Whoever waits for a message sees the end of the connection."""
+        if self._watch is not None:
+            self._watch.cancel()
+        self._writer.transport.abort()
 
-    def _fill(self) -> bool:
-        try:
-            return self._channel.fill()
-        except OSError:
-            return False
-
-    def _death(self, why: str | None = None) -> EngineError:
+    async def _death(self, why: str | None = None) -> EngineError:
         """Make sure that the process has ended, and say how. Without a `why` it closed the socket, and ends by itself as a rule."""
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(0.0 if why else _LAST_WORDS_S)
-        self.process.kill()
-        self._channel.socket.close()
-        status = self.process.wait()
+        self._cut()
+        if why is None:
+            await self._status(_LAST_WORDS_S)
+        status = await self._killed()
         return EngineError(f"the engine process ended ({why or _how(status)})")
 
+    async def _killed(self) -> int | None:
+        if self.process is not None:
+            self.process.kill()
+        return await self._status(float("inf"))
 
-def _how(status: int) -> str:
+    async def _status(self, seconds: float) -> int | None:
+        """With what status it ended, which is waited for; None when it has not, or never was a process."""
+        until = time.monotonic() + seconds
+        while self.process is not None:
+            status = self.process.poll()
+            if status is not None or time.monotonic() >= until:
+                return status
+            await asyncio.sleep(_POLL_S)
+        return None
+
+
+def _how(status: int | None) -> str:
+    if status is None:
+        return "it closed the connection"
     return f"signal {-status}" if status < 0 else f"status {status}"

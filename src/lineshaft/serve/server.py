@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import socket
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -67,16 +67,18 @@ def run_server(
     loading the model raises.
     """
 
-    def load(metrics: Metrics) -> Served:
+    def start(metrics: Metrics) -> Awaitable[Served]:
         return started(folder, engine, config.engine_stall_seconds, metrics)
 
-    serve_until_stopped(load, config.model_name or name, config, on_listening=on_listening)
+    serve_until_stopped(start, config.model_name or name, config, on_listening=on_listening)
 
 
-def serve_until_stopped(load: Callable[[Metrics], Served], model: str, config: ServeConfig, *, on_listening: Callable[[int], None]) -> None:
-    """`run_server` for any way to load a model. Call it in the main thread, which receives signals."""
+def serve_until_stopped(
+    start: Callable[[Metrics], Awaitable[Served]], model: str, config: ServeConfig, *, on_listening: Callable[[int], None]
+) -> None:
+    """`run_server` for any way to start an engine. Call it in the main thread, which receives signals."""
     metrics = Metrics(model)
-    worker = Worker(lambda: load(metrics), metrics, config.max_waiting, on_ready=lambda seconds: say(f"ready in {seconds:.1f} s"))
+    worker = Worker(lambda: start(metrics), metrics, config.max_waiting, on_ready=lambda seconds: say(f"ready in {seconds:.1f} s"))
     with _listening(config) as listener:
         port = listener.getsockname()[1]
         say(f"listening on http://{f'[{config.host}]' if ':' in config.host else config.host}:{port}")

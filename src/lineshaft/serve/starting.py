@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from lineshaft.base.terminal import say
@@ -13,13 +14,13 @@ from lineshaft.serve.served import Served
 from lineshaft.text.tokenizer import Tokenizer
 
 
-def started(folder: Path, engine: EngineConfig, stall_seconds: float, metrics: Metrics) -> Served:
+async def started(folder: Path, engine: EngineConfig, stall_seconds: float, metrics: Metrics) -> Served:
     """The checkpoint in `folder`, ready to answer. Raises whatever loading it raises."""
-    with ExitStack() as stack:
-        remote = RemoteEngine(folder, engine, stall_seconds)
-        stack.callback(remote.close)  # unless all goes well
-        tokenizer = Tokenizer.load(folder)  # while the process begins
-        ready = remote.wait_ready()
+    async with AsyncExitStack() as stack:
+        remote = await RemoteEngine.spawned(folder, engine, stall_seconds)
+        stack.push_async_callback(remote.close)  # unless all goes well
+        tokenizer = await asyncio.to_thread(Tokenizer.load, folder)  # while the process begins
+        ready = await remote.wait_ready()
         for line in ready.told:
             say(line)
         metrics.set("lineshaft:model_weight_bytes", ready.weight_bytes)

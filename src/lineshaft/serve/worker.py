@@ -1,32 +1,32 @@
-"""The thread that owns the engine.
+"""Requests on their way through the engine, and the life of that engine.
 
-The event loop hands requests in through an inbox and gets what they are told back in an asyncio queue for each. Only the
-thread uses the engine, which runs in a process of its own (remote.py). When the engine fails, or its process dies,
-every request in flight gets an error and a fresh engine is loaded, so the service lives on; requests that come in the
-meantime wait for it. Nobody is left waiting for what will not come.
+Everything happens in the event loop: requests are handed to the engine's process (remote.py), one task waits for what its
+steps give and puts it into an asyncio queue for each request. When the engine fails, or its process dies, every request
+in it gets an error and a fresh engine is started, so the service lives on; requests that come in the meantime wait for
+it. Nobody is left waiting for what will not come.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from lineshaft.base.errors import Capacity, EngineError, LineshaftError, QueueFull
 from lineshaft.base.terminal import say
+from lineshaft.sched.load import Load
 from lineshaft.sched.request import Ask, Emitted, Pooled, PromptScored, Refused, Started
 from lineshaft.sched.request import Event as Told
 from lineshaft.serve.frames import revived
 from lineshaft.serve.ledger import Ledger, Times
 from lineshaft.serve.metrics import Metrics
 from lineshaft.serve.refusals import not_ready
-from lineshaft.serve.served import Engine, Served
+from lineshaft.serve.remote import RemoteEngine
+from lineshaft.serve.served import Served
 
 State = Literal["loading", "ready", "restarting", "draining", "failed", "stopped"]
 Event: TypeAlias = Told | LineshaftError
@@ -68,39 +68,35 @@ class Ticket:
 
 
 class Worker:
-    """Runs the engine in a thread. All public methods are for the event loop's thread."""
+    """Owns the engine. To be used inside one event loop."""
 
     def __init__(
-        self, load: Callable[[], Served], metrics: Metrics, max_waiting: int, on_ready: Callable[[float], None] = lambda _: None
+        self, start: Callable[[], Awaitable[Served]], metrics: Metrics, max_waiting: int, on_ready: Callable[[float], None] = lambda _: None
     ) -> None:
-        """`load` makes the model, now and after each failure; `on_ready` is told how many seconds that took."""
-        self._load, self._on_ready = load, on_ready
+        """`start` starts an engine, now and after each failure; `on_ready` is told how many seconds that took."""
+        self._start, self._on_ready = start, on_ready
         self._max_waiting = max_waiting
-        self._changed = threading.Condition()
-        """Guards state, inbox, cancelled and the number of waiting requests; notified when the thread has something to do."""
         self._state: State = "loading"
-        self._inbox: deque[list[Ticket]] = deque()
-        self._cancelled: list[Ticket] = []
-        self._waiting = 0
-        self._live: dict[int, Ticket] = {}
-        """Requests inside the engine, in the order they went in. The thread's own."""
-        self._open: set[Ticket] = set()
-        """Tickets not yet given back. The event loop's own."""
+        self._inbox: list[list[Ticket]] = []
+        """Requests that wait for an engine to be there."""
+        self._engine: RemoteEngine | None = None
+        """The one at work now."""
         self._served: Served | None = None
-        """The latest; it stays while another is being loaded, whose context and tokenizer are the same."""
+        """The latest; it stays while another is being started, whose context and tokenizer are the same."""
+        self._live: dict[int, Ticket] = {}
+        """Requests inside the engine, in the order they went in."""
+        self._open: set[Ticket] = set()
+        """Tickets not yet given back."""
+        self._waiting = 0
         self._fruitless = 0
-        self._loading = True
         self.failure: Exception | None = None
-        """Why loading failed; the server can't go on after that."""
+        """Why no engine can be started; the server can't go on after that."""
         self._ledger = Ledger(metrics, lambda: self._waiting)
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-
-    # -- the event loop's side --------------------------------------------------------------------------------------
+        self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin to load the model. Call it inside the running event loop."""
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="engine")
 
     @property
     def state(self) -> State:
@@ -119,10 +115,9 @@ class Worker:
 
     def model(self) -> Served:
         """The model that requests are taken in for. Raises Capacity (503) with the reason when none are."""
-        served = self._served
-        if self._state not in ("ready", "restarting") or served is None:
+        if self._state not in ("ready", "restarting") or self._served is None:
             raise self._refusal()
-        return served
+        return self._served
 
     def must_be_ready(self) -> None:
         """Raises Capacity (503) with the reason unless there is an engine at work now."""
@@ -131,88 +126,88 @@ class Worker:
 
     def submit(self, ask: Ask, arrived: float) -> list[Ticket]:
         """Hand a request in; a ticket for each copy. `arrived` is a time of `time.monotonic`. Raises Capacity (503) or QueueFull."""
+        if self._state not in ("ready", "restarting"):
+            raise self._refusal()
         tickets = [Ticket(ask, Times(arrived)) for _ in range(ask.copies)]
-        with self._changed:
-            if self._state not in ("ready", "restarting"):  # under the lock: whoever empties the inbox for good changes the state first
-                raise self._refusal()
-            if self._waiting and self._waiting + len(tickets) > self._max_waiting:  # many copies may come alone
-                raise QueueFull(self._waiting)
-            self._waiting += len(tickets)
-            self._inbox.append(tickets)
-            self._notify()
+        if self._waiting and self._waiting + len(tickets) > self._max_waiting:  # many copies may come alone
+            raise QueueFull(self._waiting)
+        self._waiting += len(tickets)
         self._open.update(tickets)
+        if self._engine is None:
+            self._inbox.append(tickets)
+        else:
+            self._hand_in(self._engine, tickets)
         return tickets
 
     def release(self, ticket: Ticket) -> None:
         """Give a ticket back; a request that has not ended is cancelled. May be called again."""
         self._open.discard(ticket)
-        with self._changed:
-            if not ticket.ended:
-                self._cancelled.append(ticket)
-                self._notify()
+        if not ticket.ended:
+            if self._engine is not None and ticket.number in self._live:
+                self._engine.cancel(ticket.number)
+            self._end(ticket, "stop" if ticket.answered else "abort")
+            self._inbox = [tickets for tickets in self._inbox if not all(item.ended for item in tickets)]
 
     def drain(self) -> None:
         """Take no new requests; those in flight go on."""
-        with self._changed:
-            if self._state in ("loading", "ready", "restarting"):
-                self._state = "draining"
+        self._become("draining")
 
     def stop(self) -> None:
-        """End the thread after its present step; requests still in flight get an error."""
-        with self._changed:
-            self._state = "stopped"
-            self._notify()
+        """End the engine; requests still in flight get an error."""
+        self._state = "stopped"
+        if self._task is not None:
+            self._task.cancel()
 
     async def join(self, seconds: float) -> None:
-        """Wait for the thread to end, at most so long: a model that is still loading is not waited for."""
-        if not self._loading:
-            await asyncio.to_thread(self._thread.join, seconds)
+        """Wait for the engine to end, at most so long."""
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=seconds)
 
-    def _notify(self) -> None:
-        """Let the thread look, also when it waits for an engine elsewhere. Call it with the lock held."""
-        self._changed.notify()
-        if self._served is not None and (wake := getattr(self._served.engine, "wake", None)) is not None:
-            wake()
-
-    # -- the thread's side ------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
+    async def _run(self) -> None:
         try:
-            while self._state != "stopped":
-                self._serve_until_failure()
-        except Exception as error:  # handed over to the thread that can end the process
+            while self._state != "draining" or self._served is None:  # a failure while it drains leaves nobody for another engine
+                await self._serve_until_failure()
+        except Exception as error:  # handed over to the server, which ends the process
             self.failure = error
-            self._become("failed")
-        self._end_all(self._refusal)
+            self._state = "failed"
+        finally:
+            self._end_with(self._all_taken(), self._refusal)
 
-    def _serve_until_failure(self) -> None:
-        """Load an engine and work with it until the server stops or the engine raises."""
-        began = time.monotonic()
-        again = self._served is not None
-        self._loading = True
-        served = self._load()
-        self._loading, self._served = False, served
-        self._ledger.loaded(again)
-        self._ledger.engine_process = getattr(getattr(self._served.engine, "process", None), "pid", None)
-        self._become("ready")
-        self._on_ready(time.monotonic() - began)
+    async def _serve_until_failure(self) -> None:
+        """Start an engine and work with it until it fails."""
+        began, again = time.monotonic(), self._served is not None
+        self._served = await self._start()
+        engine = self._served.engine
         try:
-            self._work(self._served.engine)
+            self._ledger.loaded(again, engine.process.pid if engine.process else None)
+            self._take_up(engine)
+            self._on_ready(time.monotonic() - began)
+            while True:
+                self._hand_out(await engine.step(), engine.load_now(), time.monotonic())
         except Exception as error:  # whatever it was, the engine's state can't be trusted any more
             self._give_up(error)
         finally:
-            if (close := getattr(self._served.engine, "close", None)) is not None:
-                close()
+            self._engine = None
+            self._end_with(self._all_taken(), self._refusal)  # before the engine's end is waited for
+            await engine.close()
+
+    def _take_up(self, engine: RemoteEngine) -> None:
+        """Work with this engine from now on."""
+        self._engine = engine
+        self._become("ready")
+        waiting, self._inbox = self._inbox, []
+        for tickets in waiting:
+            self._hand_in(engine, tickets)
 
     def _give_up(self, error: Exception) -> None:
         """Tell everybody in flight, and those who come from now on to wait. Raises when another engine would fare no better."""
         if not isinstance(error, EngineError):
             traceback.print_exc(file=sys.stderr)
-        name = type(error).__name__ if not isinstance(error, EngineError) else str(error)
-        with self._changed:
-            self._become("restarting")
-            tickets = self._all_taken()
-        say(f"the engine failed ({name}), {len(tickets)} requests end with an error; loading it again")
+        name = str(error) if isinstance(error, EngineError) else type(error).__name__
+        self._engine = None
+        self._become("restarting")
+        tickets = self._all_taken()
+        say(f"the engine failed ({name}), {len(tickets)} requests end with an error; starting it again")
         self._end_with(tickets, lambda: EngineError(f"the engine failed while it worked on this request ({name}): it may be sent again"))
         self._ledger.lost()
         self._fruitless += 1
@@ -220,70 +215,43 @@ class Worker:
             raise EngineError(f"{self._fruitless} engines in a row failed before they had done a step: {name}")
 
     def _become(self, state: State) -> None:
-        with self._changed:
-            if state == "failed" or self._state in ("loading", "ready", "restarting"):  # a server that stops does not become ready again
-                self._state = state
+        if self._state in ("loading", "ready", "restarting"):  # a server that stops does not become ready again
+            self._state = state
 
     def _refusal(self) -> Capacity:
         return not_ready(_REASONS.get(self._state, _REASONS["loading"]))
 
-    def _work(self, engine: Engine) -> None:
-        attentive = hasattr(engine, "wake")  # one elsewhere: its `step` waits by itself, and notices when its process dies idle
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: attentive or self._state == "stopped" or self._inbox or self._cancelled or not engine.idle)
-                if self._state == "stopped":
-                    return
-                cancelled, self._cancelled = self._cancelled, []
-            self._admit(engine)
-            self._cancel(engine, cancelled)
-            before = engine.load_now()
-            told = engine.step()
-            if told or engine.load_now().step_began != before.step_began:
-                self._fruitless = 0
-            self._hand_out(told, engine, time.monotonic())
-
-    def _admit(self, engine: Engine) -> None:
-        while self._inbox:
-            tickets = self._inbox[0]  # they stay there until the engine has them, so that a failure finds them
-            try:
-                numbers = engine.submit(tickets[0].ask)
-            except EngineError:
-                raise
-            except LineshaftError as error:
-                self._end_with(tickets, lambda error=error: error)  # type: ignore[misc]  # mypy does not infer lambdas with defaults
+    def _hand_in(self, engine: RemoteEngine, tickets: list[Ticket]) -> None:
+        for ticket, number in zip(tickets, engine.submit(tickets[0].ask), strict=True):
+            if ticket.ended:  # given back while it waited for an engine
+                engine.cancel(number)
             else:
-                for ticket, number in zip(tickets, numbers, strict=True):
-                    ticket.number = number
-                    self._live[number] = ticket
-            self._inbox.popleft()
+                ticket.number = number
+                self._live[number] = ticket
 
-    def _cancel(self, engine: Engine, tickets: list[Ticket]) -> None:
-        for ticket in tickets:
-            if not ticket.ended:
-                engine.cancel(ticket.number)
-                self._end(ticket, "stop" if ticket.answered else "abort")
-
-    def _hand_out(self, told: Sequence[Told], engine: Engine, now: float) -> None:
-        load = engine.load_now()
-        events: list[tuple[Ticket, Event]] = []
+    def _hand_out(self, told: Sequence[Told], load: Load, now: float) -> None:
+        if told or load.step_began != self._ledger.load.step_began:
+            self._fruitless = 0
         for item in told:
             ticket = self._live.get(item.request)
-            if ticket is None:
-                continue  # cancelled
-            self._note_start(ticket, item, load.step_began or now)
-            if isinstance(item, Emitted):
-                self._ledger.token(ticket.times, now)
-                if item.finish:
-                    self._end(ticket, item.finish)
-            elif isinstance(item, Pooled):
-                self._end(ticket, "stop")
-            elif isinstance(item, Refused):
-                self._end(ticket, "error")
-            if not isinstance(item, Started):
-                events.append((ticket, revived(item.error, item.message, item.param) if isinstance(item, Refused) else item))
+            if ticket is not None:  # else cancelled
+                self._note_start(ticket, item, load.step_began or now)
+                self._tell(ticket, item, now)
         self._ledger.stepped(load, sum(isinstance(item, Emitted) for item in told))
-        self._post(events)
+
+    def _tell(self, ticket: Ticket, item: Told, now: float) -> None:
+        if isinstance(item, Emitted):
+            self._ledger.token(ticket.times, now)
+            if item.finish:
+                self._end(ticket, item.finish)
+        elif isinstance(item, Pooled):
+            self._end(ticket, "stop")
+        elif isinstance(item, Refused):
+            self._end(ticket, "error")
+            ticket.events.put_nowait(revived(item.error, item.message, item.param))
+            return
+        if not isinstance(item, Started):
+            ticket.events.put_nowait(item)
 
     def _note_start(self, ticket: Ticket, item: Told, began: float) -> None:
         if isinstance(item, Started):
@@ -301,30 +269,15 @@ class Worker:
     def _no_longer_waits(self, ticket: Ticket) -> None:
         if ticket.waits:
             ticket.waits = False
-            with self._changed:
-                self._waiting -= 1
+            self._waiting -= 1
 
     def _all_taken(self) -> list[Ticket]:
-        """Everybody in the engine or before its door; the inbox is empty afterwards."""
-        with self._changed:
-            tickets = [*self._live.values(), *(ticket for waiting in self._inbox for ticket in waiting)]
-            self._inbox.clear()
+        """Everybody in the engine or before its door; nobody is there afterwards."""
+        tickets = [*self._live.values(), *(ticket for waiting in self._inbox for ticket in waiting if not ticket.ended)]
+        self._inbox.clear()
         return tickets
-
-    def _end_all(self, why: Callable[[], LineshaftError]) -> None:
-        """Answer everybody with an error. The state must be one that lets nobody in any more."""
-        self._end_with(self._all_taken(), why)
 
     def _end_with(self, tickets: Sequence[Ticket], why: Callable[[], LineshaftError]) -> None:
         for ticket in tickets:
             self._end(ticket, "error")
-            self._post([(ticket, why())])
-
-    def _post(self, events: list[tuple[Ticket, Any]]) -> None:
-        if events and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_deliver, events)
-
-
-def _deliver(events: list[tuple[Ticket, Event]]) -> None:
-    for ticket, event in events:
-        ticket.events.put_nowait(event)
+            ticket.events.put_nowait(why())
