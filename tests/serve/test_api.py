@@ -307,12 +307,11 @@ def test_a_request_that_never_fits_the_cache_is_429():
 
 def test_a_model_that_still_loads_is_a_server_error_that_the_client_may_retry():
     loading = threading.Event()
-    with serving(load=loading.wait) as world:
+    with serving(load=lambda: loading.wait() and FakeEngine()) as world:
         with pytest.raises(openai.InternalServerError) as caught:
             world.client().embeddings.create(model=MODEL, input="x")
         assert (caught.value.status_code, caught.value.code) == (503, "not_ready")
         assert caught.value.response.headers["retry-after"]
-        world.worker.stop()
         loading.set()
 
 

@@ -110,6 +110,19 @@ def test_an_engine_that_fails_is_loaded_again_and_the_requests_are_tried_again(s
     assert "a kernel failed" in capfd.readouterr().err
 
 
+def test_an_engine_that_takes_its_time_to_start_again_is_waited_for(source, tmp_path):
+    engines = iter([FakeEngine(break_at=5), FakeEngine()])
+
+    def load():
+        time.sleep(0.2)
+        return next(engines)
+
+    def worker():
+        return Worker(lambda: in_thread(load), Metrics(MODEL), 64)
+
+    assert answer_file(worker, MODEL, source, tmp_path / "out.jsonl", BatchConfig()).refused == 0
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_run_with_its_own_error(source, tmp_path):
     def load():
         raise BadCheckpoint("no weights here")

@@ -117,6 +117,63 @@ def test_a_server_that_cannot_load_again_answers_everybody_and_says_so():
         assert world.post("/v1/completions", ASK)[0] == 503
 
 
+def slow_to_come_back(*engines):
+    """A `load` whose second engine waits for the event returned with it."""
+    left, gate = list(engines), threading.Event()
+
+    def load():
+        if len(left) < len(engines):
+            gate.wait()
+        return left.pop(0)
+
+    return load, gate
+
+
+def test_a_request_given_back_while_it_waits_for_an_engine_is_never_run():
+    engine = FakeEngine()
+    load, gate = slow_to_come_back(FakeEngine(break_at=1), engine)
+
+    async def hang_up(world):
+        async with aiohttp.ClientSession() as session:
+            first = asyncio.create_task(session.post(f"{world.url}/v1/completions", json={**ASK, "n": 3}))
+            while world.worker.in_flight != 3:
+                await asyncio.sleep(0.005)
+            first.cancel()
+            await asyncio.wait([first])
+            while world.worker.in_flight:
+                await asyncio.sleep(0.005)
+
+    with serving(load=load) as world:
+        until(lambda: world.worker.state == "ready")
+        assert world.post("/v1/completions", ASK)[0] == 500
+        assert world.worker.state == "restarting"
+        asyncio.run(hang_up(world))
+        gate.set()
+        assert world.client().completions.create(**ASK).choices[0].text == TEXT
+        assert len(engine.submitted) == 1
+
+
+def test_requests_that_wait_for_an_engine_are_bounded_and_still_answered_when_the_server_drains():
+    load, gate = slow_to_come_back(FakeEngine(break_at=1), FakeEngine())
+
+    async def ask(world):
+        async with aiohttp.ClientSession() as session:
+            waiting = [asyncio.create_task(session.post(f"{world.url}/v1/completions", json=ASK)) for _ in range(2)]
+            while world.worker.in_flight != 2:
+                await asyncio.sleep(0.005)
+            refused = await session.post(f"{world.url}/v1/completions", json=ASK)
+            world.worker.drain()
+            late = await session.post(f"{world.url}/v1/completions", json=ASK)
+            gate.set()
+            answers = await asyncio.gather(*waiting)
+            return refused.status, late.status, [answer.status for answer in answers]
+
+    with serving(load=load, max_waiting=2) as world:
+        until(lambda: world.worker.state == "ready")
+        assert world.post("/v1/completions", ASK)[0] == 500
+        assert asyncio.run(ask(world)) == (429, 503, [200, 200])
+
+
 def test_an_idle_worker_takes_no_steps():
     with serving(FakeEngine()) as world:
         world.post("/v1/completions", ASK)

@@ -79,8 +79,7 @@ def serving(*engines, max_waiting=64, limits=None, load=None):
     thread.start()
     try:
         world = World(f"http://127.0.0.1:{listener.getsockname()[1]}", used, worker)
-        while load is None and world.call("GET", "/ready")[0] != 200:
-            assert thread.is_alive()
+        until(lambda: load is not None or worker.state == "ready")
         yield world
     finally:
         for engine in used:
