@@ -210,6 +210,24 @@ def test_sigterm_to_the_whole_group_lets_streams_end_and_leaves_no_process_behin
         assert gone(engine)
 
 
+def test_a_second_signal_ends_everything_at_once_even_in_a_long_step():
+    with served(step_seconds=30.0) as server:
+        engine, answers = server.engine(), []
+        asking = threading.Thread(target=lambda: answers.append(server.ask()))
+        asking.start()
+        until(lambda: server.metric("vllm:num_requests_waiting") == 1)
+        server.process.terminate()
+        until(lambda: server.status("/ready") == 503)
+        assert server.metric("vllm:num_requests_waiting") == 1
+        server.process.terminate()
+        began = time.monotonic()
+        assert server.process.wait(20) == 0
+        assert time.monotonic() - began < 4
+        assert gone(engine)
+        asking.join(20)
+        assert answers[0][0] == 503
+
+
 def test_sigterm_while_the_model_loads_ends_at_once_and_the_engine_too():
     with served(loading="endless") as server:
         until(lambda: server.engines)

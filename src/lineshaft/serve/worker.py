@@ -153,10 +153,10 @@ class Worker:
         self._become("draining")
 
     def stop(self) -> None:
-        """End the engine; requests still in flight get an error."""
-        self._state = "stopped"
-        if self._task is not None:
+        """End the engine; requests still in flight get an error. May be called again."""
+        if self._task is not None and self._state != "stopped":  # cancelled twice, it would not wait for the engine's end
             self._task.cancel()
+        self._state = "stopped"
 
     async def join(self, seconds: float) -> None:
         """Wait for the engine to end, at most so long."""
