@@ -140,7 +140,7 @@ def _next(channel: Channel) -> ToEngine | None:
 
 
 def load_engine(orders: Orders) -> tuple[Engine, Ready]:
-    """The engine that was ordered, warm. Raises what loading raises: DoesNotFit, BrokenContract, ModelError, ConfigError."""
+    """The engine that was ordered, warm. Raises what loading raises: DoesNotFit, ModelError, ConfigError."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from lineshaft.serve import loading  # torch: not before the death of the parent is arranged for

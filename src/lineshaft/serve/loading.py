@@ -12,17 +12,15 @@ from lineshaft.engine.warm import told, warm_up
 from lineshaft.model.cost import cost_of
 from lineshaft.ops.table import chosen, steady
 from lineshaft.serve.frames import Ready
-from lineshaft.text import contract
 
 
 def loaded(folder: Path, config: EngineConfig) -> tuple[Engine, Ready]:
     """The engine for a checkpoint, warm, and what the server is told of it.
 
-    Raises BrokenContract when the tokenizer gives other tokens than the model was trained on, DoesNotFit, ModelError, ConfigError.
+    Raises DoesNotFit, ModelError, ConfigError.
     """
     began = time.monotonic()
     config = check_room(folder, config)  # first: it takes no time, and a model that does not fit is the commonest mistake
-    contract.check_folder(folder)
     engine = Engine.load(folder, config)
     loaded_at = time.monotonic()
     same = warm_up(engine)

@@ -11,15 +11,19 @@ from lineshaft.engine.config import EngineConfig
 from lineshaft.serve.metrics import Metrics
 from lineshaft.serve.remote import RemoteEngine
 from lineshaft.serve.served import Served
+from lineshaft.text import contract
 from lineshaft.text.tokenizer import Tokenizer
 
 
 async def started(folder: Path, engine: EngineConfig, stall_seconds: float, metrics: Metrics) -> Served:
-    """The checkpoint in `folder`, ready to answer. Raises whatever loading it raises."""
+    """The checkpoint in `folder`, ready to answer.
+
+    Raises BrokenContract when the tokenizer gives other tokens than the model was trained on, and whatever loading it raises.
+    """
     async with AsyncExitStack() as stack:
         remote = await RemoteEngine.spawned(folder, engine, stall_seconds)
         stack.push_async_callback(remote.close)  # unless all goes well
-        tokenizer = await asyncio.to_thread(Tokenizer.load, folder)  # while the process begins
+        tokenizer = await asyncio.to_thread(_checked_tokenizer, folder)  # while the process begins
         ready = await remote.wait_ready()
         for line in ready.told:
             say(line)
@@ -29,3 +33,8 @@ async def started(folder: Path, engine: EngineConfig, stall_seconds: float, metr
         served = Served(remote, tokenizer)
         stack.pop_all()
         return served
+
+
+def _checked_tokenizer(folder: Path) -> Tokenizer:
+    contract.check_folder(folder)
+    return Tokenizer.load(folder)
