@@ -5,7 +5,7 @@
 Clients ask for whole and streamed answers to short and long prompts, some with a common beginning, and hang up in the middle, before
 the first token, or send what must be refused. Exits with 1 when memory of either process grew by more than 2 % after the first fifth of
 the time, when pages or requests are left at the end, or when an answer was not what was asked for. The cache is small by default,
-so that all of it has been touched, and requests give way to each other, before memory is looked at.
+so that requests give way to each other, and filled before the load begins: its pages take memory when they are first used.
 """
 
 from __future__ import annotations
@@ -64,6 +64,18 @@ async def metrics(session: aiohttp.ClientSession, url: str) -> dict[str, float]:
     return {re.sub(r'model_name="[^"]*",?', "", name): float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
+async def fill(session: aiohttp.ClientSession, url: str, model: str, args: argparse.Namespace) -> None:
+    """Use every page of the cache once: prompts that have nothing in common are kept for their prefixes."""
+    per_token = (await metrics(session, url))["lineshaft:kv_cache_bytes_per_token{}"]
+    async with session.get(f"{url}/v1/models/{model}") as answer:
+        length = min(1024, (await answer.json())["max_model_len"] - 1)
+    chance = random.Random(args.seed)
+    for _ in range(int(1.5 * args.cache_bytes / per_token / length) + 1):
+        prompt = [chance.randrange(2, 256) for _ in range(length)]
+        async with session.post(f"{url}/v1/completions", json={"model": model, "prompt": prompt, "max_tokens": 1}) as answer:
+            assert answer.status == 200, await answer.text()
+
+
 async def load(
     session: aiohttp.ClientSession, url: str, model: str, args: argparse.Namespace
 ) -> tuple[Counter[str], list[tuple[float, float]]]:
@@ -109,6 +121,7 @@ async def run(args: argparse.Namespace) -> bool:
     log = asyncio.create_task(server.stderr.read())
     try:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            await fill(session, url, args.folder.resolve().name, args)
             ends, memory = await load(session, url, args.folder.resolve().name, args)
             left = await settled(session, url)
     finally:
