@@ -19,7 +19,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -81,6 +80,7 @@ def start(folder: Path) -> dict[str, float]:
         url = next(found[1] for line in server.stderr if (found := re.match(r"listening on (\S+)", line)))
         listening = time.monotonic() - began
         while not green(f"{url}/ready"):
+            assert server.poll() is None, server.stderr.read()
             time.sleep(0.005)
         ready = time.monotonic() - began
         body = {"model": folder.name, "prompt": "Return the", "max_tokens": 2, "stream": True, "ignore_eos": True}
@@ -100,7 +100,7 @@ def green(url: str) -> bool:
     try:
         with urllib.request.urlopen(url):
             return True
-    except urllib.error.HTTPError:
+    except OSError:  # an HTTP error is one as well
         return False
 
 

@@ -52,7 +52,9 @@ async def one(session: aiohttp.ClientSession, url: str, model: str, chance: rand
         return "hung up"
     if answer.status != 200:
         return f"UNEXPECTED status {answer.status}: {text.decode()[:200]}"
-    whole = b'"finish_reason":"length"' in text and b'"error"' not in text and (not fields["stream"] or text.endswith(b"data: [DONE]\n\n"))
+    whole = (
+        b'"finish_reason":"length"' in text and b'"error":{' not in text and (not fields["stream"] or text.endswith(b"data: [DONE]\n\n"))
+    )
     return "answered" if whole else f"UNEXPECTED end: {text.decode()[-200:]}"
 
 

@@ -31,6 +31,11 @@ _SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux's <sys/prctl.h>: end with the server even while a step or a load takes long."""
 
 
+_COMPILED_SHAPES = "64"
+"""Products in bfloat16 are compiled for each number of rows, by oneDNN and again by PyTorch's layer over it, which keep 1024 each:
+with steps of all sizes that took 180 MB within three minutes. Fewer cost about half a millisecond a step (docs/log.md)."""
+
+
 def serve_engine(channel: Channel, load: Callable[[Orders], tuple[Engine, Ready]]) -> None:
     """Load what is ordered and work for the other end of the channel until it closes, or until the engine raises."""
     orders = _next(channel)
@@ -115,6 +120,8 @@ def _next(channel: Channel) -> ToEngine | None:
 
 def load_engine(orders: Orders) -> tuple[Engine, Ready]:
     """The engine that was ordered, warm. Raises what loading raises: DoesNotFit, BrokenContract, ModelError, ConfigError."""
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, _COMPILED_SHAPES)  # read when torch is loaded
     from lineshaft.serve import loading  # torch: not before the death of the parent is arranged for
 
     return loading.loaded(Path(orders.folder), load_config(EngineConfig, orders.engine))
