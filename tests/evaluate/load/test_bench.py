@@ -162,6 +162,22 @@ def test_a_request_times_out_from_when_it_was_due():
     assert run.shown.records[3].error == "timeout"
 
 
+def test_the_time_that_this_client_was_late_counts_towards_the_timeout():
+    loop = VirtualLoop()
+
+    async def send(record, start):
+        record.sent = loop.time() - start
+        if record.number == 0:
+            loop.jumping.now += 1.5  # the next one, due at 0.1, is sent at 1.5
+        else:
+            await asyncio.sleep(1.0)
+
+    sent = loop.run_until_complete(offer([0.0, 0.1], lambda _: send, 2.0, lambda _: None))
+    loop.finish()
+    assert sent.records[1].lag == pytest.approx(1.4, abs=0.05)
+    assert sent.records[1].error == "timeout"
+
+
 def test_tokens_are_counted_by_their_pieces_where_the_server_does_not_count():
     seen = measured(
         FakeOpenAI(usage=False), seconds=2, arrivals={"kind": "poisson", "rate": 5.0}, workload={"prompt_tokens": 4, "output_tokens": 3}
