@@ -179,7 +179,8 @@ def test_a_merge_key_may_be_overruled_at_any_depth() -> None:
 
 
 NAMES = st.text("abcxyz", min_size=1, max_size=3)
-LEAVES = st.integers() | st.floats(allow_nan=False) | st.text(max_size=5) | st.booleans() | st.none() | st.lists(st.integers(), max_size=3)
+TEXTS = st.text(st.characters(exclude_characters="\x85", codec="utf-8"), max_size=5)  # PyYAML writes that one so that it reads a space
+LEAVES = st.integers() | st.floats(allow_nan=False) | TEXTS | st.booleans() | st.none() | st.lists(st.integers(), max_size=3)
 TABLES = st.recursive(
     st.dictionaries(NAMES, LEAVES, max_size=3), lambda inner: st.dictionaries(NAMES, inner | LEAVES, max_size=3), max_leaves=10
 )

@@ -53,6 +53,19 @@ def test_a_ramps_expected_count_is_the_area_below_its_rate(rate, factor, parts, 
     assert ramp.expected(seconds) == pytest.approx(np.trapezoid([rate for _, rate in knots], [at for at, _ in knots]))
 
 
+@given(st.floats(1, 20), st.floats(5, 8), shares, seeds)
+@settings(max_examples=30)
+def test_a_ramps_arrivals_fall_where_the_area_below_its_rate_reaches_those_of_a_steady_rate(rate, factor, parts, seed):
+    ramp = Ramp(rate=rate, factor=factor, climb_share=parts[0], peak_share=parts[1])
+    steady = [arrival.at for arrival in Poisson(rate=1.0).arrivals(ramp.expected(30), seed)]
+    fine = np.linspace(0, 30, 60_001)
+    height = np.interp(fine, *zip(*ramp.knots(30), strict=True))
+    area = np.concatenate([[0], np.cumsum((height[1:] + height[:-1]) / 2 * np.diff(fine))])
+    found = [arrival.at for arrival in ramp.arrivals(30, seed)]
+    assert np.interp(found, fine, area) == pytest.approx(np.array(steady[: len(found)]), abs=rate * factor * 0.001)
+    assert len(steady) - len(found) <= 1
+
+
 @given(seeds, st.floats(5, 8))
 @settings(max_examples=30)
 def test_each_part_of_a_ramp_gets_its_share_of_arrivals(seed, factor):
