@@ -18,6 +18,9 @@ import pytest
 from fake_engine import TEXT
 from world import until
 
+from lineshaft.serve import child
+from lineshaft.serve.frames import Orders
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for child processes in /proc")
 
 SCRIPT = Path(__file__).with_name("remote_server.py")
@@ -261,3 +264,13 @@ def test_pages_are_free_within_100_ms_of_a_hang_up():
         assert statistics.median(asyncio.run(hang_up(server)) for _ in range(5)) < 0.1
         assert server.metric("vllm:num_requests_running") == server.metric("vllm:num_requests_waiting") == 0
         assert server.metric('vllm:request_success_total{finished_reason="abort"') == 5
+
+
+def test_the_engines_process_sets_how_torch_waits_and_what_it_keeps_unless_the_user_has(monkeypatch):
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.setattr("lineshaft.serve.loading.loaded", lambda *_: dict(os.environ))
+    found = child.load_engine(Orders("", {}, 0))
+    assert (found["OMP_WAIT_POLICY"], found["LRU_CACHE_CAPACITY"]) == ("passive", "7")
