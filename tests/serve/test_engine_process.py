@@ -266,11 +266,10 @@ def test_pages_are_free_within_100_ms_of_a_hang_up():
         assert server.metric('vllm:request_success_total{finished_reason="abort"') == 5
 
 
-def test_the_engines_process_sets_how_torch_waits_and_what_it_keeps_unless_the_user_has(monkeypatch):
-    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "OMP_WAIT_POLICY"):
-        monkeypatch.setenv(name, "to be restored")
-        monkeypatch.delenv(name)
+def test_the_engines_process_sets_how_much_torch_keeps_unless_the_user_has(monkeypatch):
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "to be restored")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
     monkeypatch.setattr("lineshaft.serve.loading.loaded", lambda *_: dict(os.environ))
     found = child.load_engine(Orders("", {}, 0))
-    assert (found["OMP_WAIT_POLICY"], found["LRU_CACHE_CAPACITY"]) == ("passive", "7")
+    assert (found["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], found["LRU_CACHE_CAPACITY"]) == ("64", "7")

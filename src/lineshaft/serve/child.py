@@ -31,11 +31,10 @@ from lineshaft.serve.frames import Cancel, Channel, Failed, Orders, Ready, Step,
 _SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux's <sys/prctl.h>: end with the server even while a step or a load takes long."""
 
-_ENVIRONMENT = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "OMP_WAIT_POLICY": "passive"}
+_ENVIRONMENT = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 """Read when torch is loaded; whoever sets them decides. Products in bfloat16 are compiled for each number of rows, by oneDNN and again
 by PyTorch's layer over it, which keep 1024 each: with steps of all sizes that took 180 MB within three minutes. Fewer cost about half a
-millisecond a step. The threads of a product sleep while they wait for each other: one that spins keeps the other, or the server, off
-its core until the kernel takes it away, 8 ms later (docs/log.md)."""
+millisecond a step (docs/log.md)."""
 
 
 class Engine(Protocol):
