@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in child processes: tiny models lose by threads
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a suite started in the background: its children would not hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable, Mapping
 from typing import Any
