@@ -12,6 +12,7 @@ import torch
 from lineshaft.model.attend import PackedCausal
 from lineshaft.model.config import GroupedQueryAttention, Indexer, LatentAttention, MixtureOfExperts, ModelConfig
 from lineshaft.model.decoder import Decoder
+from lineshaft.ops import isa
 from lineshaft.ops.reach import Blocks, Window
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))  # pytest's importlib mode does not find helpers elsewhere
@@ -49,6 +50,13 @@ SHAPES = {
     },
     "qwen3": {"attention": GroupedQueryAttention(**_GQA, qk_norm=True), "tie_word_embeddings": True},
 }
+
+
+@pytest.fixture
+def pytorch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a compiler."""
+    monkeypatch.setattr(isa, "_library", None)
+    monkeypatch.setattr(isa, "_tried", True)
 
 
 def _tiny(family: str, **changes: object) -> Decoder:

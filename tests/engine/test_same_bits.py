@@ -15,7 +15,8 @@ from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
 from lineshaft.engine.warm import told, warm_up
 from lineshaft.model.decoder import Decoder
-from lineshaft.ops import steady
+from lineshaft.ops import reference, steady, table
+from lineshaft.ops.isa import library
 from lineshaft.sched.request import Ask, Emitted, Event, Sampling
 
 Tiny = Callable[..., Decoder]
@@ -115,6 +116,15 @@ def test_200_staggered_requests_get_the_bits_that_each_gets_alone(tiny: Tiny, fa
         assert heard[number] == wanted, f"request {number} of {family}"
 
 
+@pytest.mark.usefixtures("pytorch_alone")
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
+def test_so_do_they_without_native_kernels(tiny: Tiny, family: str) -> None:
+    model, made = tiny(family), asks()[:80]
+    heard, _ = in_company(model, made, set())
+    assert all(heard[number] == alone(model, ask) for number, ask in enumerate(made, 1))
+
+
+@pytest.mark.usefixtures("pytorch_alone")
 @pytest.mark.parametrize("planted", ["rows not filled up", "keys in blocks that hang on the length"])
 def test_the_comparison_finds_a_planted_bug(tiny: Tiny, planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if planted == "rows not filled up":
@@ -123,7 +133,18 @@ def test_the_comparison_finds_a_planted_bug(tiny: Tiny, planted: str, monkeypatc
         monkeypatch.setattr(runner, "ROWS", 1)
     else:
         monkeypatch.setattr(steady, "_attended", _whole_softmax)
-    model, made = tiny("llama"), asks()[:60]
+    _differs(tiny("llama"))
+
+
+@pytest.mark.skipif(library() is None, reason="no native kernels here")
+@pytest.mark.parametrize("op", ["packed_linear", "paged_attention"])
+def test_the_comparison_finds_a_planted_bug_in_a_native_kernel(tiny: Tiny, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "NATIVE", {**table.NATIVE, op: getattr(reference, op)})  # adds up by shape, as PyTorch does
+    _differs(tiny("llama"))
+
+
+def _differs(model: Decoder) -> None:
+    made = asks()[:60]
     heard, _ = in_company(model, made, set())
     assert any(heard[number] != alone(model, ask) for number, ask in enumerate(made, 1))
 
@@ -137,6 +158,7 @@ def test_warming_up_finds_the_same_bits_and_leaves_nothing_behind(tiny: Tiny, fa
     assert engine.idle
 
 
+@pytest.mark.usefixtures("pytorch_alone")
 def test_warming_up_finds_a_machine_whose_library_adds_up_by_shape(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steady, "ROWS", 1)
     monkeypatch.setattr(steady, "_SMALL", 0)

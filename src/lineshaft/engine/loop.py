@@ -19,6 +19,7 @@ import torch
 from lineshaft.base.errors import RequestError, TooLong
 from lineshaft.engine.cache import PagedCache
 from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.packing import pack, packed_copy
 from lineshaft.engine.pool import context_of, pool_of
 from lineshaft.engine.preflight import check_room
 from lineshaft.engine.readings import Readings
@@ -38,8 +39,9 @@ class Engine:
 
     def __init__(self, model: Decoder, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock`: seconds; decides only how long a request has waited."""
-        self.model, self.config, self._clock = model, config, clock
+        self.config, self._clock = config, clock
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        self.model = model = packed_copy(model) if config.batch_invariant else model
         pool = pool_of(model.config, config, dtype)
         self.context_tokens = pool.context_tokens
         """Most tokens of prompt and answer: what the model was made for, max_context, or what the cache holds, whichever is least."""
@@ -56,7 +58,10 @@ class Engine:
         """An engine for the checkpoint in a Hugging Face folder. Raises ModelError for what can't be served, DoesNotFit, ConfigError."""
         config = check_room(folder, config)
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-        return cls(load_checkpoint(folder, dtype=dtype, dequantise=config.dequantise, active_experts=config.active_experts), config)
+        model = load_checkpoint(folder, dtype=dtype, dequantise=config.dequantise, active_experts=config.active_experts)
+        if config.batch_invariant:
+            pack(model)
+        return cls(model, config)
 
     def submit(self, ask: Ask) -> list[int]:
         """Queue a prompt; returns a number for each copy.

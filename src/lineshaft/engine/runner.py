@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lineshaft.engine.attend import PagedAttend
 from lineshaft.engine.cache import PagedCache
+from lineshaft.engine.native_attend import NativeAttend, can_attend
 from lineshaft.engine.tiles import TiledAttend
 from lineshaft.model.decoder import Decoder
 from lineshaft.ops import table as ops
@@ -21,6 +22,7 @@ class Runner:
 
     def __init__(self, model: Decoder, cache: PagedCache, steady: bool = True) -> None:
         self.model, self.cache, self.steady = model, cache, steady
+        self._native = steady and can_attend(model.config)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Tensor:
@@ -31,6 +33,9 @@ class Runner:
         positions = [position for chunk in plan.chunks for position in range(chunk.first, chunk.last)]
         if not self.steady:
             return self.model.hidden(torch.tensor(tokens), torch.tensor(positions), PagedAttend(self.cache, plan))
+        if self._native:
+            with ops.steady():
+                return self.model.hidden(torch.tensor(tokens), torch.tensor(positions), NativeAttend(self.cache, plan))
         extra = [0] * (-len(tokens) % ROWS)  # rows that belong to nobody
         with ops.steady():
             attend = TiledAttend(self.cache, plan)

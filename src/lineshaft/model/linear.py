@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lineshaft.ops.formats import DENSE, Format
+from lineshaft.ops.packed import packed_of
 
 
 class Linear(nn.Module):
@@ -40,18 +41,24 @@ class Linear(nn.Module):
 
     def recode(self, fmt: Format) -> None:
         """Store the weight in another format; what the product computes becomes that format's rounding of it."""
-        self._hold(fmt, fmt.encode(self.dense_weight(torch.float32)))
+        self.hold(fmt, fmt.encode(self.dense_weight(torch.float32)))
 
     def dequantise(self, dtype: torch.dtype) -> None:
         """Hold the weight that the product uses as a dense one; nothing to do where it is dense."""
         if self.format != DENSE:
-            self._hold(DENSE, {"weight": self.dense_weight(dtype)})
+            self.hold(DENSE, {"weight": self.dense_weight(dtype)})
+
+    def pack(self) -> None:
+        """Lay the weight out for the native kernels, where they can take it; such a layer can't be saved."""
+        if (found := packed_of(self.format, self.tensors())) is not None:
+            self.hold(found[0], {"packed": found[1]})
 
     def reserve(self, fmt: Format) -> None:
         """Make room for a weight in this format, to be loaded from a checkpoint."""
-        self._hold(fmt, fmt.empty(self.out_features, self.in_features))
+        self.hold(fmt, fmt.empty(self.out_features, self.in_features))
 
-    def _hold(self, fmt: Format, tensors: dict[str, Tensor]) -> None:
+    def hold(self, fmt: Format, tensors: dict[str, Tensor]) -> None:
+        """Take these tensors for the weight."""
         for name in self.format.tensor_names:
             delattr(self, name)
         for name, tensor in tensors.items():

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lineshaft.ops.packing import Shape, unpack
 from lineshaft.ops.reach import Reach, Span, Window
 
 QUERIES = 192
@@ -164,6 +165,36 @@ def paged_chosen_mla(q_THC: Tensor, q_rope_THR: Tensor, pages: Tensor, table: Te
     entries_UE = paged_rows(pages, table, positions_U)[:, None]
     seen_TU = None if len(chosen_TS) == 1 else chosen_TS[:, positions_U]
     return attention(torch.cat([q_THC, q_rope_THR], -1), entries_UE, entries_UE, seen_TU, scale)[..., : q_THC.shape[-1]]
+
+
+def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, rounded: bool) -> Tensor:
+    """x W^T + b for a weight laid out as ops/packing.py has it. Result [T, O] in the dtype of x.
+
+    `rounded`: activations are rounded to 8 bits first, one scale a token, max|x| / 127.
+    """
+    weight_OI, x = unpack(packed, shape).float(), x_TI.float()
+    if rounded:
+        limit_T1 = x.abs().amax(-1, keepdim=True)
+        scale_T1 = torch.where(limit_T1 > 0, limit_T1 / 127, 1.0)
+        x = (x / scale_T1).round().clamp(-127, 127) * scale_T1
+    return F.linear(x, weight_OI, None if bias_O is None else bias_O.float()).to(x_TI.dtype)
+
+
+def paged_attention(q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, chunks_C4: Tensor, tables: Tensor, scale: float, reach: Reach) -> Tensor:
+    """Attention of C chunks of neighbouring tokens, each of one request, over its paged keys and values. Result [T, H, V].
+
+    pages_k, pages_v: [P, B, K, D] and [P, B, K, V]; latent attention has K = 1 and values within its keys. chunks_C4: int64,
+    first row, position of the first token, tokens, where its page numbers begin in `tables` (int32; negative: given back).
+    The keys of the T tokens are in the pages already.
+    """
+    outs = []
+    for row, first, count, start in chunks_C4.tolist():
+        table = tables[start : start - (-(first + count) // pages_k.shape[1])].long().clamp(min=0)
+        spans = reach.spans(first, first + count)
+        positions_S = positions_of(spans, table)
+        k_SKD, v_SKV = paged_rows(pages_k, table, positions_S), paged_rows(pages_v, table, positions_S)
+        outs.append(in_tiles(q_THD[row : row + count], k_SKD, v_SKV, spans, first, scale, reach))
+    return torch.cat(outs)
 
 
 def by_head(x_THA: Tensor, weight_HAB: Tensor) -> Tensor:

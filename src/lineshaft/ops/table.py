@@ -12,8 +12,10 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-from lineshaft.ops import cpu, reference
+from lineshaft.ops import cpu, native, reference
 from lineshaft.ops import steady as steady_kernels
+from lineshaft.ops.isa import library
+from lineshaft.ops.packing import Shape
 from lineshaft.ops.reach import Reach
 
 Kernel = Callable[..., Tensor]
@@ -36,6 +38,8 @@ REFERENCE: Mapping[str, Kernel] = {
     "by_head": reference.by_head,
     "tile_gqa": reference.tile_gqa,
     "tile_mla": reference.tile_mla,
+    "packed_linear": reference.packed_linear,
+    "paged_attention": reference.paged_attention,
 }
 """Right on every device."""
 
@@ -59,22 +63,34 @@ STEADY: Mapping[str, Kernel] = {
 }
 """On processors, the same bits for a row in any company; every other op gives them anyhow, as the engine calls it."""
 
+NATIVE: Mapping[str, Kernel] = {
+    "packed_linear": native.packed_linear,
+    "rms_norm": native.rms_norm,
+    "rope": native.rope,
+    "silu_mul": native.silu_mul,
+    "paged_attention": native.paged_attention,
+}
+"""Of the library in native/, laid over STEADY where it is built: as steady, and fast. They keep no gradients."""
+
 BY_DEVICE: Mapping[str, Mapping[str, Kernel]] = {"cpu": {**REFERENCE, **CPU}, "cuda": REFERENCE}
 """Device type to its kernels, laid over the reference."""
 
 
-_STEADY_CPU: Mapping[str, Kernel] = {**REFERENCE, **STEADY}
 _tables: ContextVar[Mapping[str, Mapping[str, Kernel]]] = ContextVar("tables", default=BY_DEVICE)
 
 
 @contextmanager
 def steady(wanted: bool = True) -> Generator[None]:
-    """While it is open, products on processors give a row the same bits in any company (ops/steady.py)."""
-    token = _tables.set({**BY_DEVICE, "cpu": _STEADY_CPU} if wanted else BY_DEVICE)
+    """While it is open, products on processors give a row the same bits in any company (ops/steady.py, ops/native.py)."""
+    token = _tables.set(_steady_tables() if wanted else BY_DEVICE)
     try:
         yield
     finally:
         _tables.reset(token)
+
+
+def _steady_tables() -> Mapping[str, Mapping[str, Kernel]]:
+    return {**BY_DEVICE, "cpu": {**REFERENCE, **STEADY, **(NATIVE if library() else {})}}
 
 
 def kernel(op: str, x: Tensor) -> Kernel:
@@ -170,3 +186,13 @@ def tile_gqa(q: Tensor, pages_k: Tensor, pages_v: Tensor, slots: Tensor, seen: T
 def tile_mla(q: Tensor, pages: Tensor, slots: Tensor, seen: Tensor, scale: float, latent: int) -> Tensor:
     """See `reference.tile_mla`."""
     return kernel("tile_mla", q)(q, pages, slots, seen, scale, latent)
+
+
+def packed_linear(x: Tensor, packed: Tensor, shape: Shape, bias: Tensor | None, rounded: bool) -> Tensor:
+    """See `reference.packed_linear`."""
+    return kernel("packed_linear", x)(x, packed, shape, bias, rounded)
+
+
+def paged_attention(q: Tensor, pages_k: Tensor, pages_v: Tensor, chunks: Tensor, tables: Tensor, scale: float, reach: Reach) -> Tensor:
+    """See `reference.paged_attention`."""
+    return kernel("paged_attention", q)(q, pages_k, pages_v, chunks, tables, scale, reach)

@@ -1,0 +1,134 @@
+// How one 64-byte row of packed weights (16 outputs, 1 to 8 inputs each) meets the activations of one token.
+//
+// A `Dot` adds into one accumulator an output, in the order of the inputs and by the same instructions however many
+// tokens are worked on together: that is what makes a token's numbers the same bits in any company.
+#pragma once
+#include <type_traits>
+
+#include LINESHAFT_LANES
+
+namespace {
+
+/// float32 weights and activations: one input a row.
+struct DotF32 {
+    using Acc = Lanes::F;
+    using W = Lanes::F;
+    using A = Lanes::F;
+    static constexpr int kWords = 1;   // 32-bit words of activations a row
+    static constexpr int kInputs = 1;  // inputs a row
+    static Acc zero() { return Lanes::set1(0.0f); }
+    static W weights(const uint8_t* p) { return Lanes::load(reinterpret_cast<const float*>(p)); }
+    static A spread(const uint32_t* a, int) { return Lanes::as_float(Lanes::set1_int(int32_t(*a))); }
+    static Acc dot(Acc acc, const W& w, const A& a) { return Lanes::fma(a, w, acc); }
+};
+
+/// bf16 weights and activations: two inputs a row, products and sums in float32.
+struct DotBf16 {
+    using Acc = Lanes::F;
+    struct Wide { Lanes::F low, high; };
+    using W = std::conditional_t<Lanes::kDotBf16, Lanes::I, Wide>;
+    using A = W;
+    static constexpr int kWords = 1;
+    static constexpr int kInputs = 2;
+    static Acc zero() { return Lanes::set1(0.0f); }
+    static W weights(const uint8_t* p) { return as<W>(Lanes::load_int(p)); }
+    static A spread(const uint32_t* a, int) { return as<A>(Lanes::set1_int(int32_t(*a))); }
+    template <class T> static Acc dot(Acc acc, const T& w, const T& a) {
+        if constexpr (Lanes::kDotBf16) return Lanes::dot_pairs(acc, w, a);
+        else return Lanes::fma(a.high, w.high, Lanes::fma(a.low, w.low, acc));
+    }
+    template <class T> static T as(Lanes::I pairs) {
+        if constexpr (Lanes::kDotBf16) return pairs;
+        else return {Lanes::as_float(Lanes::template shift_left<16>(pairs)),
+                     Lanes::as_float(Lanes::and_int(pairs, Lanes::set1_int(int32_t(0xffff0000))))};
+    }
+};
+
+/// Unsigned 8-bit weights, signed 8-bit activations: four inputs a row, exact in int32.
+struct DotI8 {
+    using Acc = Lanes::I;
+    using W = Lanes::I;
+    using A = Lanes::I;
+    static constexpr int kWords = 1;
+    static constexpr bool kWhole = true;  // sums of whole numbers
+    static constexpr int kInputs = 4;
+    static Acc zero() { return Lanes::set1_int(0); }
+    static W weights(const uint8_t* p) { return Lanes::load_int(p); }
+    static A spread(const uint32_t* a, int) { return Lanes::set1_int(int32_t(*a)); }
+    static Acc dot(Acc acc, const W& w, const A& a) { return Lanes::dot_bytes(acc, w, a); }
+};
+
+/// Unsigned 4-bit weights, signed 8-bit activations: eight inputs a row, the low half of each byte before the high one.
+struct DotI4 {
+    using Acc = Lanes::I;
+    struct Two { Lanes::I low, high; };
+    using W = Two;
+    using A = Two;
+    static constexpr int kWords = 2;
+    static constexpr bool kWhole = true;  // sums of whole numbers
+    static constexpr int kInputs = 8;
+    static Acc zero() { return Lanes::set1_int(0); }
+    static W weights(const uint8_t* p) {
+        const auto mask = Lanes::set1_int(0x0f0f0f0f);
+        const auto both = Lanes::load_int(p);
+        return {Lanes::and_int(both, mask), Lanes::and_int(Lanes::template shift_right<4>(both), mask)};
+    }
+    static A spread(const uint32_t* a, int step) { return {Lanes::set1_int(int32_t(a[0])), Lanes::set1_int(int32_t(a[step]))}; }
+    static Acc dot(Acc acc, const W& w, const A& a) { return Lanes::dot_bytes(Lanes::dot_bytes(acc, w.low, a.low), w.high, a.high); }
+};
+
+/// 8-bit weights, taken as signed, and float32 activations: four inputs a row.
+struct DotW8 {
+    using Acc = Lanes::F;
+    struct Four { Lanes::F k[4]; };
+    using W = Four;
+    using A = Four;
+    static constexpr int kWords = 4;
+    static constexpr bool kWhole = false;  // sums of whole numbers
+    static constexpr int kInputs = 4;
+    static Acc zero() { return Lanes::set1(0.0f); }
+    static W weights(const uint8_t* p) {
+        const auto all = Lanes::xor_int(Lanes::load_int(p), Lanes::set1_int(int32_t(0x80808080)));  // code - 128
+        return {{Lanes::template signed_byte<0>(all), Lanes::template signed_byte<1>(all), Lanes::template signed_byte<2>(all),
+                 Lanes::template signed_byte<3>(all)}};
+    }
+    static A spread(const uint32_t* a, int step) {
+        A r;
+        for (int j = 0; j < 4; j++) r.k[j] = Lanes::as_float(Lanes::set1_int(int32_t(a[j * step])));
+        return r;
+    }
+    static Acc dot(Acc acc, const W& w, const A& a) {
+        for (int j = 0; j < 4; j++) acc = Lanes::fma(a.k[j], w.k[j], acc);
+        return acc;
+    }
+};
+
+/// 4-bit weights, taken as code - 8, and float32 activations: eight inputs a row, those in the low halves of the bytes first.
+struct DotW4 {
+    using Acc = Lanes::F;
+    struct Eight { Lanes::F k[8]; };
+    using W = Lanes::I;
+    using A = Eight;
+    static constexpr int kWords = 8;
+    static constexpr bool kWhole = false;  // sums of whole numbers
+    static constexpr int kInputs = 8;
+    static Acc zero() { return Lanes::set1(0.0f); }
+    static W weights(const uint8_t* p) { return Lanes::load_int(p); }
+    static A spread(const uint32_t* a, int step) {
+        A r;
+        for (int j = 0; j < 8; j++) r.k[j] = Lanes::as_float(Lanes::set1_int(int32_t(a[j * step])));
+        return r;
+    }
+    static Acc dot(Acc acc, const W& w, const A& a) {
+        acc = Lanes::fma(a.k[0], Lanes::template nibble<0>(w), acc);
+        acc = Lanes::fma(a.k[1], Lanes::template nibble<8>(w), acc);
+        acc = Lanes::fma(a.k[2], Lanes::template nibble<16>(w), acc);
+        acc = Lanes::fma(a.k[3], Lanes::template nibble<24>(w), acc);
+        acc = Lanes::fma(a.k[4], Lanes::template nibble<4>(w), acc);
+        acc = Lanes::fma(a.k[5], Lanes::template nibble<12>(w), acc);
+        acc = Lanes::fma(a.k[6], Lanes::template nibble<20>(w), acc);
+        return Lanes::fma(a.k[7], Lanes::template nibble<28>(w), acc);
+    }
+};
+
+}  // namespace

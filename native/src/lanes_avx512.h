@@ -1,0 +1,107 @@
+// Sixteen numbers in one register of AVX-512 (F, BW, DQ, VL, VNNI), and with LINESHAFT_DOT_BF16 its products of bf16 pairs.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+struct Lanes {
+    static constexpr int kMaxRows = 6;
+    static constexpr int kBlocks = 4;
+#ifdef LINESHAFT_DOT_BF16
+    static constexpr bool kDotBf16 = true;
+#else
+    static constexpr bool kDotBf16 = false;
+#endif
+
+    using F = __m512;
+    // Not __m512i, which may alias everything: GCC 12 would store such accumulators in each turn of a loop.
+    typedef int32_t I __attribute__((vector_size(64)));
+
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+    static F set1(float x) { return _mm512_set1_ps(x); }
+    static F add(F x, F y) { return _mm512_add_ps(x, y); }
+    static F sub(F x, F y) { return _mm512_sub_ps(x, y); }
+    static F mul(F x, F y) { return _mm512_mul_ps(x, y); }
+    static F div(F x, F y) { return _mm512_div_ps(x, y); }
+    static F max(F x, F y) { return _mm512_max_ps(x, y); }
+    static F min(F x, F y) { return _mm512_min_ps(x, y); }
+    static F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+    static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    /// a * 2^n for whole n in [-126, 127].
+    static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }
+    /// value where x >= limit, else 0.
+    static F where_at_least(F x, float limit, F value) {
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GE_OQ), value);
+    }
+    static float sum(F x) {
+        __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+        __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+        q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+        return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+    }
+    static float largest(F x) { return _mm512_reduce_max_ps(x); }
+
+    static I load_int(const void* p) { return _mm512_loadu_si512(p); }
+    static I set1_int(int32_t x) { return _mm512_set1_epi32(x); }
+    static I sub_int(I x, I y) { return _mm512_sub_epi32(x, y); }
+    static I mul_int(I x, I y) { return _mm512_mullo_epi32(x, y); }
+    static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+    static I bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+    template <int N> static I shift_left(I x) { return _mm512_slli_epi32(x, N); }
+    template <int N> static I shift_right(I x) { return _mm512_srli_epi32(x, N); }
+    static I and_int(I x, I y) { return _mm512_and_si512(x, y); }
+    static I xor_int(I x, I y) { return _mm512_xor_si512(x, y); }
+    /// Byte J of each lane as a signed number.
+    template <int J> static F signed_byte(I x) { return to_float(_mm512_srai_epi32(shift_left<24 - 8 * J>(x), 24)); }
+    /// The four bits from bit N on, minus 8: a permutation reads just the low four bits of its index.
+    template <int N> static F nibble(I x) {
+        const F table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm512_permutexvar_ps(shift_right<N>(x), table);
+    }
+    /// Whole numbers in [-128, 127] as 16 bytes.
+    static void to_bytes(void* p, F x) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x))); }
+    /// 16 words from each of 16 rows to 16 rows, `stride` words apart, of one word from each.
+    static void transpose(const uint32_t* const* rows, int64_t offset, uint32_t* out, int64_t stride) {
+        __m512i v[16], t[16];
+        for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_si512(rows[i] + offset);
+        for (int i = 0; i < 16; i += 4) {  // 4 x 4 words within each quarter
+            const __m512i a = _mm512_unpacklo_epi32(v[i], v[i + 1]), b = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+            const __m512i c = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]), d = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
+            t[i] = _mm512_unpacklo_epi64(a, c), t[i + 1] = _mm512_unpackhi_epi64(a, c);
+            t[i + 2] = _mm512_unpacklo_epi64(b, d), t[i + 3] = _mm512_unpackhi_epi64(b, d);
+        }
+        for (int i = 0; i < 4; i++) {  // then the quarters of four such rows
+            const __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
+            const __m512i c = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88), d = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
+            _mm512_storeu_si512(out + i * stride, _mm512_shuffle_i32x4(a, c, 0x88));
+            _mm512_storeu_si512(out + (i + 8) * stride, _mm512_shuffle_i32x4(a, c, 0xdd));
+            _mm512_storeu_si512(out + (i + 4) * stride, _mm512_shuffle_i32x4(b, d, 0x88));
+            _mm512_storeu_si512(out + (i + 12) * stride, _mm512_shuffle_i32x4(b, d, 0xdd));
+        }
+    }
+    static F as_float(I x) { return _mm512_castsi512_ps(x); }
+
+    static F from_bf16(const uint16_t* p) {
+        return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+    }
+    static void to_bf16(uint16_t* p, F x) {  // to nearest, ties to even; a NaN stays one
+        __m512i bits = _mm512_castps_si512(x);
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i up = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+        up = _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(up));
+    }
+    /// acc += four unsigned bytes of w times four signed bytes of a, in each lane.
+    static I dot_bytes(I acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
+#ifdef LINESHAFT_DOT_BF16
+    /// acc += both products of a pair of bf16, in each lane.
+    static F dot_pairs(F acc, I w, I a) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)a); }
+#else
+    static F dot_pairs(F acc, I, I) { return acc; }
+#endif
+};
+
+}  // namespace

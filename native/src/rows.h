@@ -1,0 +1,94 @@
+// What is done to each token by itself: norms, rotations, SwiGLU, sums. Rounded where the PyTorch reference rounds.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+#include "numbers.h"
+#include "team.h"
+
+namespace {
+
+/// e^x to about 1e-7, by Cody and Waite's reduction and a polynomial of degree 6 (Taylor); below -87 it is exactly 0.
+inline Lanes::F exponential(Lanes::F whole) {
+    auto x = Lanes::min(Lanes::max(whole, Lanes::set1(-87.0f)), Lanes::set1(88.0f));
+    const auto n = Lanes::round(Lanes::mul(x, Lanes::set1(1.44269504088896341f)));
+    auto r = Lanes::fma(n, Lanes::set1(-0.693359375f), x);
+    r = Lanes::fma(n, Lanes::set1(2.12194440e-4f), r);
+    auto p = Lanes::set1(1.0f / 720);
+    for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = Lanes::fma(p, r, Lanes::set1(c));
+    return Lanes::where_at_least(whole, -87.0f, Lanes::scale2(p, Lanes::min(n, Lanes::set1(127.0f))));
+}
+
+inline void norm(const Norm& n, int thread, int threads) {
+    const auto own = team::share(n.tokens, thread, threads);
+    for (int64_t t = own.first; t < own.last; t++) {
+        const void* x = row_of(n.activation, n.x, t * n.x_stride);
+        void* out = const_cast<void*>(row_of(n.activation, n.out, t * n.out_stride));
+        auto squares = Lanes::set1(0.0f);
+        for (int64_t i = 0; i < n.width; i += 16) {
+            const auto value = read_some(n.activation, x, i, n.width - i);
+            squares = Lanes::fma(value, value, squares);
+        }
+        const auto factor = Lanes::set1(1.0f / std::sqrt(Lanes::sum(squares) / float(n.width) + n.eps));
+        for (int64_t i = 0; i < n.width; i += 16) {
+            const int64_t count = n.width - i;
+            const auto scaled = rounded(n.activation, Lanes::mul(read_some(n.activation, x, i, count), factor));
+            write_some(n.activation, out, i, count, Lanes::mul(scaled, read_some(n.weight_kind, n.weight, i, count)));
+        }
+    }
+}
+
+inline void rope(const Rope& r, int thread, int threads) {
+    const int64_t half = r.width / 2;
+    const auto own = team::share(r.tokens, thread, threads);
+    for (int64_t t = own.first; t < own.last; t++)
+        for (int64_t h = 0; h < r.heads; h++) {
+            const void* x = row_of(r.activation, r.x, t * r.x_stride + h * r.head_stride);
+            void* out = const_cast<void*>(row_of(r.activation, r.out, (t * r.heads + h) * r.width));
+            const float *cos = r.cos + t * half, *sin = r.sin + t * half;
+            if (!r.interleaved && half % 16 == 0) {
+                for (int64_t i = 0; i < half; i += 16) {
+                    const auto a = read16(r.activation, x, i), b = read16(r.activation, x, half + i);
+                    const auto c = Lanes::load(cos + i), s = Lanes::load(sin + i);
+                    write16(r.activation, out, i, Lanes::sub(Lanes::mul(a, c), Lanes::mul(b, s)));
+                    write16(r.activation, out, half + i, Lanes::add(Lanes::mul(b, c), Lanes::mul(a, s)));
+                }
+                continue;
+            }
+            for (int64_t i = 0; i < half; i++) {
+                const int64_t first = r.interleaved ? 2 * i : i, second = r.interleaved ? 2 * i + 1 : half + i;
+                const float a = at(r.activation, x, first), b = at(r.activation, x, second);
+                write_some(r.activation, out, first, 1, Lanes::set1(a * cos[i] - b * sin[i]));
+                write_some(r.activation, out, second, 1, Lanes::set1(b * cos[i] + a * sin[i]));
+            }
+        }
+}
+
+/// Every thread an equal number of whole vectors.
+inline team::Range vectors(int64_t count, int thread, int threads) {
+    const auto own = team::share((count + 15) / 16, thread, threads);
+    return {own.first * 16, std::min(own.last * 16, count)};
+}
+
+inline Lanes::F silu(Lanes::F x) {
+    const auto one = Lanes::set1(1.0f);
+    return Lanes::div(x, Lanes::add(one, exponential(Lanes::sub(Lanes::set1(0.0f), x))));
+}
+
+inline void silu_mul(Activation kind, const void* gate, const void* up, void* out, int64_t count, int thread, int threads) {
+    const auto own = vectors(count, thread, threads);
+    for (int64_t i = own.first; i < own.last; i += 16) {
+        const auto value = rounded(kind, silu(read_some(kind, gate, i, own.last - i)));
+        write_some(kind, out, i, own.last - i, Lanes::mul(value, read_some(kind, up, i, own.last - i)));
+    }
+}
+
+inline void add(Activation kind, const void* a, const void* b, void* out, int64_t count, int thread, int threads) {
+    const auto own = vectors(count, thread, threads);
+    for (int64_t i = own.first; i < own.last; i += 16)
+        write_some(kind, out, i, own.last - i, Lanes::add(read_some(kind, a, i, own.last - i), read_some(kind, b, i, own.last - i)));
+}
+
+}  // namespace

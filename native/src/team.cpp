@@ -1,0 +1,72 @@
+#include "team.h"
+
+#include <sched.h>
+
+#include <atomic>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define PAUSE() _mm_pause()
+#else
+#define PAUSE() ((void)0)
+#endif
+
+namespace team {
+namespace {
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using Number = int (*)();
+Parallel parallel = nullptr;
+Number number = nullptr, count = nullptr;
+
+// One region runs at a time: calls come from one thread, the engine's.
+alignas(64) std::atomic<int> arrived{0};
+alignas(64) std::atomic<unsigned> round_{0};
+alignas(64) std::atomic<int64_t> ticket{0};
+
+struct Call {
+    void (*work)(void*, int, int);
+    void* data;
+};
+
+constexpr int kSpins = 4000;  // then the core is offered to others: a barrier must not starve the thread it waits for
+
+}  // namespace
+
+void use(uintptr_t p, uintptr_t n, uintptr_t c) {
+    parallel = reinterpret_cast<Parallel>(p);
+    number = reinterpret_cast<Number>(n);
+    count = reinterpret_cast<Number>(c);
+}
+
+bool shared() { return parallel != nullptr; }
+
+void run(int threads, void (*work)(void*, int, int), void* data) {
+    if (!parallel || threads <= 1) return work(data, 0, 1);
+    Call call{work, data};
+    parallel(
+        [](void* p) {
+            auto* c = static_cast<Call*>(p);
+            c->work(c->data, number(), count());
+        },
+        &call, unsigned(threads), 0);
+}
+
+void barrier(int threads) {
+    if (threads == 1) return;
+    const unsigned mine = round_.load(std::memory_order_relaxed);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+        arrived.store(0, std::memory_order_relaxed);
+        round_.store(mine + 1, std::memory_order_release);
+        return;
+    }
+    for (int spins = 0; round_.load(std::memory_order_acquire) == mine;) {
+        if (++spins < kSpins) PAUSE();
+        else sched_yield();
+    }
+}
+
+int64_t next() { return ticket.fetch_add(1, std::memory_order_relaxed); }
+void reset() { ticket.store(0, std::memory_order_relaxed); }
+
+}  // namespace team

@@ -1,0 +1,38 @@
+"""Lays a model's weights out for the native kernels, once when an engine is made."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+
+from lineshaft.model.decoder import Decoder
+from lineshaft.model.linear import Linear
+from lineshaft.ops.isa import library
+from lineshaft.ops.packed import packed_of
+
+ABSORBED = "kv_b_proj"
+"""Never multiplied by as a whole while serving: attention takes the queries through it (model/attend.py), head by head."""
+
+
+def pack(model: Decoder) -> None:
+    """Replace every weight that the kernels take by its packed form, layer by layer, so that no two copies of all are in memory."""
+    if library() is None:
+        return
+    for name, linear in model.linears().items():
+        if not name.endswith(ABSORBED):
+            linear.pack()
+    if model.lm_head is None and (found := packed_of(Linear(0, 0).format, {"weight": model.model.embed_tokens.weight})):
+        head = Linear(0, 0)
+        head.in_features, head.out_features = model.config.hidden_size, model.config.vocab_size
+        head.hold(found[0], {"packed": found[1]})
+        model.lm_head = head
+
+
+def packed_copy(model: Decoder) -> Decoder:
+    """The model with packed weights; the one given keeps its own, and shares what is not packed."""
+    if library() is None:
+        return model
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    own: Decoder = copy.deepcopy(model, shared)  # type: ignore[arg-type] # the memo of deepcopy takes any object
+    pack(own)
+    return own

@@ -1,0 +1,69 @@
+"""The library of native kernels: whether it is there, and which instruction set it uses.
+
+It is built at installation when there is a C++ compiler. Threads are those of torch's own OpenMP, whose functions are
+handed over by address: a second pool would spin on the same cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lineshaft.base.errors import ConfigError
+
+FORCE = "LINESHAFT_ISA"
+"""Environment variable: a lower instruction set than the best, or `none` for PyTorch alone."""
+MISSING = "native kernels are not installed: install g++ and cmake, then run the installation again; until then PyTorch computes, slower"
+
+_library: ModuleType | None = None
+_tried = False
+
+
+def library() -> Any | None:
+    """The library, ready to run; None where it is not built or LINESHAFT_ISA=none. Raises ConfigError for an unknown instruction set."""
+    global _library, _tried  # noqa: PLW0603 # found once; a process has one processor
+    if not _tried:
+        _library = _load()
+        _tried = True
+    return _library
+
+
+def describe() -> str:
+    """One line for people: the instruction set in use, or why there is none."""
+    found = library()
+    if found is None:
+        return f"native kernels are switched off by {FORCE}=none" if os.environ.get(FORCE) == "none" else f"warning: {MISSING}"
+    return f"native kernels: {found.chosen()} of {', '.join(found.names())}; threads: {found.threads()}"
+
+
+def _load() -> ModuleType | None:
+    wanted = os.environ.get(FORCE)
+    if wanted == "none":
+        return None
+    try:
+        found = importlib.import_module("lineshaft._native")
+    except ModuleNotFoundError as error:
+        if error.name != "lineshaft._native":
+            raise
+        return None
+    if wanted is not None and wanted not in found.names():
+        raise ConfigError(f"{FORCE}={wanted}: this processor runs {', '.join(found.names())}, or none for PyTorch alone")
+    found.choose(wanted or found.names()[-1])
+    _share_threads(found)
+    return found
+
+
+def _share_threads(found: ModuleType) -> None:
+    """Hand over the functions of torch's OpenMP; without them (another runtime than GNU's) there is one thread, which `describe` shows."""
+    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        openmp = ctypes.CDLL(str(path))
+        names = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
+        found.share_threads(*(ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value for name in names))
+        break
+    found.set_threads(torch.get_num_threads())

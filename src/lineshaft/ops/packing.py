@@ -1,0 +1,127 @@
+"""How weights lie in memory for the native kernels, in PyTorch: the reference of native/src/packed.h.
+
+Outputs in groups of 64; within a group, inputs in rows of 256 bytes: 64 outputs by 1 (float32), 2 (bf16), 4 (8 bits) or 8
+(4 bits) neighbouring inputs. Before the rows of each group of inputs that shares a scale, codes carry 64 float32 scales
+and, where zero points differ, 64 bytes of them.
+
+Shape letters: O outputs, I inputs, G groups of inputs, N groups of outputs, R rows.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lineshaft.ops.isa import library
+
+Kind = Literal["float32", "bfloat16", "int8", "int4"]
+KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4")
+_INPUTS = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}
+_MIDDLE = {"int8": 128, "int4": 8}
+_GROUP, _ROW, _HUGE = 64, 256, 2 << 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a packed weight is."""
+
+    kind: Kind
+    inputs: int
+    outputs: int
+    scale_inputs: int = 0
+    """Inputs that share a scale; 0 for dense weights."""
+    zeros: bool = False
+    """Zero points are stored; else they are 128 (int8) or 8 (int4)."""
+
+    @property
+    def fits(self) -> bool:
+        """Can the kernels take it? Rows must be whole, and sums of 8-bit products within int32."""
+        return not (self.scale_inputs or self.inputs) % max(4, _INPUTS[self.kind]) and self.inputs < 2**16
+
+    @property
+    def native(self) -> tuple[int, int, int, int, bool]:
+        """As the library takes it."""
+        return KINDS.index(self.kind), self.inputs, self.outputs, self.scale_inputs, self.zeros
+
+    @property
+    def scales(self) -> int:
+        """Groups of inputs."""
+        return self.inputs // self.scale_inputs if self.scale_inputs else 1
+
+    @property
+    def header(self) -> int:
+        """Bytes of scales and zero points before the rows of a group of inputs."""
+        return (4 * _GROUP + (_GROUP if self.zeros else 0)) if self.scale_inputs else 0
+
+
+def pack_dense(weight_OI: Tensor) -> tuple[Shape, Tensor]:
+    """A float32 or bf16 weight, packed: uint8."""
+    kind: Kind = "float32" if weight_OI.dtype == torch.float32 else "bfloat16"
+    shape, weight_OI = Shape(kind, weight_OI.shape[1], weight_OI.shape[0]), weight_OI.contiguous()
+    native = library()
+    if native is None:
+        return shape, _rows(weight_OI.view(torch.uint8), shape).flatten()
+    out = _memory(native.packed_bytes(*shape.native))
+    native.pack_dense(*shape.native[:3], weight_OI.data_ptr(), weight_OI.stride(0), out.data_ptr())
+    return shape, out
+
+
+def pack_coded(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, bits: int) -> tuple[Shape, Tensor]:
+    """Unsigned codes (uint8), float32 scales and zero points (uint8); weight = (code - zero) * scale."""
+    kind: Kind = "int8" if bits == 8 else "int4"
+    zeros = bool((zero_OG != _MIDDLE[kind]).any())
+    shape = Shape(kind, codes_OI.shape[1], codes_OI.shape[0], codes_OI.shape[1] // scale_OG.shape[1], zeros)
+    native = library()
+    if native is None:
+        return shape, _coded(codes_OI, scale_OG, zero_OG, shape)
+    codes_OI, scale_OG, zero_OG = codes_OI.contiguous(), scale_OG.float().contiguous(), zero_OG.contiguous()
+    out = _memory(native.packed_bytes(*shape.native))
+    native.pack_coded(*shape.native, codes_OI.data_ptr(), scale_OG.data_ptr(), zero_OG.data_ptr(), out.data_ptr())
+    return shape, out
+
+
+def unpack(packed: Tensor, shape: Shape) -> Tensor:
+    """The weight [O, I] again: as it was when dense, else in float32."""
+    wide, groups = _INPUTS[shape.kind], -(-shape.outputs // _GROUP)
+    parts = packed.view(groups, shape.scales, -1)
+    rows_NGRB = parts[..., shape.header :].reshape(groups, shape.scales, -1, _GROUP, _ROW // _GROUP)
+    bytes_NOGRB = rows_NGRB.permute(0, 3, 1, 2, 4).contiguous()
+    if not shape.scale_inputs:
+        dtype = torch.float32 if shape.kind == "float32" else torch.bfloat16
+        return bytes_NOGRB.view(groups * _GROUP, -1).view(dtype)[: shape.outputs].clone()
+    if shape.kind == "int4":
+        bytes_NOGRB = torch.cat([bytes_NOGRB & 15, bytes_NOGRB >> 4], -1)
+    codes_NOGK = bytes_NOGRB.reshape(groups, _GROUP, shape.scales, -1, wide).flatten(3).float()
+    scale_NGO = parts[..., : 4 * _GROUP].contiguous().view(torch.float32)
+    zero_NGO = parts[..., 4 * _GROUP : shape.header].float() if shape.zeros else torch.tensor(float(_MIDDLE[shape.kind])).expand_as(scale_NGO)
+    weight = (codes_NOGK - zero_NGO.transpose(1, 2)[..., None]) * scale_NGO.transpose(1, 2)[..., None]
+    return weight.reshape(groups * _GROUP, -1)[: shape.outputs]
+
+
+def _rows(bytes_OJ: Tensor, shape: Shape) -> Tensor:
+    """[N, G, bytes of the rows of a group of inputs] of the bytes of a weight."""
+    padded = F.pad(bytes_OJ, (0, 0, 0, -len(bytes_OJ) % _GROUP))
+    return padded.view(-1, _GROUP, shape.scales, bytes_OJ.shape[1] // shape.scales // 4, 4).permute(0, 2, 3, 1, 4).flatten(2)
+
+
+def _coded(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, shape: Shape) -> Tensor:
+    if shape.kind == "int4":
+        halves = codes_OI.view(len(codes_OI), -1, 2, 4)
+        codes_OI = (halves[:, :, 0] | (halves[:, :, 1] << 4)).flatten(1)
+    missing = -shape.outputs % _GROUP
+    per_group = [F.pad(item, (0, 0, 0, missing)).view(-1, _GROUP, shape.scales).transpose(1, 2).contiguous() for item in (scale_OG.float(), zero_OG)]
+    scale_NGB = per_group[0].view(torch.uint8).view(*per_group[0].shape[:2], -1)
+    return torch.cat([scale_NGB, *([per_group[1]] if shape.zeros else []), _rows(codes_OI, shape)], -1).flatten()
+
+
+def _memory(size: int) -> Tensor:
+    """Bytes in huge pages where the system gives them: 6 to 13 % faster to read (docs/kernels.md)."""
+    pages = mmap.mmap(-1, -(-size // _HUGE) * _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE") and size >= _HUGE:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=size)
