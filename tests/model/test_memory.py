@@ -15,7 +15,7 @@ from lineshaft.model import memory as memory_module
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.memory import Kept, Memory, Packing, Stored, stored_in
-from lineshaft.ops.formats import Fp8Block, Int8
+from lineshaft.ops.formats import Fp8Block, Integer
 from lineshaft.train.batches import Batch
 from lineshaft.train.objective import NextToken
 
@@ -67,7 +67,7 @@ def test_what_training_keeps_is_what_autograd_saves(name: str, bfloat16: bool, p
 @pytest.mark.parametrize("fmt", ["dense", "int8", "int8-4", "fp8"])
 def test_bytes_by_format_are_those_of_the_tensors(name: str, fmt: str) -> None:
     config, model = SHAPES[name], Decoder(SHAPES[name])
-    formats = {"int8": Int8(), "int8-4": Int8(4), "fp8": Fp8Block()}
+    formats = {"int8": Integer(8), "int8-4": Integer(8, 4), "fp8": Fp8Block()}
     for layer, linear in model.linears().items():
         if fmt in formats and layer != "lm_head":
             linear.reserve(formats[fmt])

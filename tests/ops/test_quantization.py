@@ -9,36 +9,36 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from lineshaft.base.errors import BadCheckpoint, ConfigError, UnsupportedModel
-from lineshaft.ops.formats import DENSE, Fp8Block, Int8
+from lineshaft.ops.formats import DENSE, Fp8Block, Integer
 from lineshaft.ops.quantization import from_quantization_config, to_quantization_config
 
 DEEPSEEK: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 """Word for word that of DeepSeek-V3's config.json."""
 
 
-@pytest.mark.parametrize("fmt", [Int8(), Int8(32)])
-def test_a_description_comes_back_as_the_same_formats(fmt: Int8) -> None:
+@pytest.mark.parametrize("fmt", [Integer(8), Integer(8, 32)])
+def test_a_description_comes_back_as_the_same_formats(fmt: Integer) -> None:
     formats = {"a": fmt, "b": DENSE, "c": fmt}
     config = to_quantization_config(formats)
     assert config is not None
     assert from_quantization_config(config, formats, ()) == formats
     assert to_quantization_config({"a": DENSE}) is None
-    for other in (Int8(64), Fp8Block()):
+    for other in (Integer(8, 64), Fp8Block()):
         with pytest.raises(ConfigError, match="different quantised formats"):
             to_quantization_config({"a": fmt, "b": other})
 
 
 def test_patterns_in_ignore_are_read() -> None:
-    config = to_quantization_config({"a": Int8()}) or {}
+    config = to_quantization_config({"a": Integer(8)}) or {}
     config["ignore"] = ["re:.*down_proj", "lm_head"]
     read = from_quantization_config(config, ["layer.down_proj", "layer.up_proj", "lm_head", "xlm_head"], ())
-    assert read == {"layer.down_proj": DENSE, "layer.up_proj": Int8(), "lm_head": DENSE, "xlm_head": Int8()}
+    assert read == {"layer.down_proj": DENSE, "layer.up_proj": Integer(8), "lm_head": DENSE, "xlm_head": Integer(8)}
     config["ignore"] = None
-    assert from_quantization_config(config, ["lm_head"], ()) == {"lm_head": Int8()}
+    assert from_quantization_config(config, ["lm_head"], ()) == {"lm_head": Integer(8)}
 
 
 def _spoilt(path: str, value: Any) -> dict[str, Any]:
-    config: Any = to_quantization_config({"a": Int8(32)})
+    config: Any = to_quantization_config({"a": Integer(8, 32)})
     *parts, last = path.split("/")
     here = config
     for part in parts:

@@ -14,7 +14,7 @@ from masks import KINDS, dense, mask_of, reaches
 from torch import Tensor
 
 from lineshaft.ops import reference, table
-from lineshaft.ops.formats import Fp8Block, Int8
+from lineshaft.ops.formats import Fp8Block, Integer
 from lineshaft.ops.reach import Causal, Reach
 from lineshaft.ops.steady import KEYS
 
@@ -43,7 +43,7 @@ class Shapes:
     def linear_int8(self) -> Arguments:
         group, blocks, outputs = self.draw(st.sampled_from([None, 4, 32, 64])), self.size(3), self.size(19)
         inputs = blocks * (group or 4)
-        stored = Int8(group).encode(self.randn(outputs, inputs, dtype=torch.float32))
+        stored = Integer(8, group).encode(self.randn(outputs, inputs, dtype=torch.float32))
         bias = self.randn(outputs) if self.draw(st.booleans()) else None
         return self.randn(self.size(7), inputs), stored["weight_packed"], stored["weight_scale"], bias
 
