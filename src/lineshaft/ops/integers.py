@@ -39,7 +39,7 @@ def integers(codes: Tensor, scale_OG: Tensor, zero_XG: Tensor | None, bits: int)
     if zero_XG is None:
         zero_OG = torch.full(scale_OG.shape, 1 << (bits - 1), dtype=torch.uint8, device=scale_OG.device)
     else:
-        zero_OG = unpack(zero_XG.T.contiguous(), bits)[:, : len(scale_OG)].T.contiguous()
+        zero_OG = unpack(zero_XG.T, bits)[:, : len(scale_OG)].T.contiguous()
     return Integers(codes_OI, scale_OG.to(torch.float32), zero_OG)
 
 
@@ -48,12 +48,12 @@ def pack(codes_OI: Tensor, bits: int) -> Tensor:
     codes_OI = F.pad(codes_OI, (0, -codes_OI.shape[1] % (32 // bits)))
     if bits == 4:
         codes_OI = codes_OI[:, ::2] | codes_OI[:, 1::2] << 4
-    return codes_OI.contiguous().view(torch.int32)
+    return codes_OI.flatten().view(torch.int32).view(len(codes_OI), -1)  # flat: a single row or column may have any stride
 
 
 def unpack(words_OJ: Tensor, bits: int) -> Tensor:
     """The uint8 codes in int32 words, those that fill up the last word included. 8-bit codes are the same memory."""
-    bytes_OI = words_OJ.view(torch.uint8)
+    bytes_OI = words_OJ.flatten().view(torch.uint8).view(len(words_OJ), -1)
     return bytes_OI if bits == 8 else torch.stack((bytes_OI & 15, bytes_OI >> 4), -1).flatten(1)
 
 
