@@ -102,18 +102,22 @@ class Stored:
             return 4 * product.size if dtype == "bfloat16" else 0
         if self.format == "fp8":
             return product.size * (8 if dtype == "float32" else 10)
-        codes = product.size if self.format.startswith("int4") else 0  # 8-bit codes are looked at where they lie
-        return codes + product.size * (4 if dtype == "float32" else 6)
+        return self._codes(product) + product.size * (4 if dtype == "float32" else 6)
 
     def working(self, product: Product, dtype: str, tokens: int) -> int:
         """Most bytes held during the product of so many rows, without rows and results: `unpacked`, or what rounded rows take
         (reference.linear_int_a8)."""
         if not self.format.endswith("-a8") or not product.linear:
             return self.unpacked(product, dtype)
+        _, group, _, _ = _integer(self.format)
+        part = 4 * product.outputs * min(group or product.inputs, _PART) + 20 * tokens * product.outputs
+        rows = 4 * tokens * product.inputs
+        return self._codes(product) + max(product.size, rows + max(rows, part))
+
+    def _codes(self, product: Product) -> int:
+        """Bytes of an integer weight's codes, scales and zeros while it is used. 8-bit codes are looked at where they lie."""
         bits, group, _, _ = _integer(self.format)
-        codes = product.size if bits == 4 else 0
-        part = 4 * product.outputs * min(group or product.inputs, _PART)
-        return codes + part + tokens * (12 * product.inputs + 20 * product.outputs)
+        return 9 * product.outputs * (product.inputs // (group or product.inputs)) + (product.size if bits == 4 else 0)
 
     def _coded(self, config: ModelConfig) -> list[Product]:
         coded = [item for item in products(config) if item.linear] if self.format != "dense" else []
