@@ -45,7 +45,8 @@ def integers(codes: Tensor, scale_OG: Tensor, zero_XG: Tensor | None, bits: int)
 
 def pack(codes_OI: Tensor, bits: int) -> Tensor:
     """uint8 codes as int32 words [O, I * bits / 32 rounded up], lowest bits first, the last word filled up with zero bits."""
-    codes_OI = F.pad(codes_OI, (0, -codes_OI.shape[1] % (32 // bits)))
+    if missing := -codes_OI.shape[1] % (32 // bits):  # pad copies even where nothing is missing, and that left holes in the heap
+        codes_OI = F.pad(codes_OI, (0, missing))
     if bits == 4:
         codes_OI = codes_OI[:, ::2] | codes_OI[:, 1::2] << 4
     return codes_OI.flatten().view(torch.int32).view(len(codes_OI), -1)  # flat: a single row or column may have any stride
