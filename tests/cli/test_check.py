@@ -120,7 +120,13 @@ def test_the_change_that_is_named_makes_it_fit(billion: Path) -> None:
 def test_a_format_that_the_checkpoint_does_not_have_yet_can_be_tried(billion: Path) -> None:
     shown = json.loads(check(billion, "--memory", "64GiB", "--format", "int8-32", "--json")[1])
     assert shown["stored"]["bytes"] == shown["bytes"]["int8, groups of 32"]
-    assert "linear_int8" in shown["kernels"]
+    assert "linear_int" in shown["kernels"]
+    smaller = json.loads(check(billion, "--memory", "64GiB", "--format", "int4-32-zeros-a8", "--json")[1])
+    assert smaller["stored"]["bytes"] < shown["stored"]["bytes"]
+    assert "linear_int_a8" in smaller["kernels"]
+    code, told = check(billion, "--format", "int8-zeros")
+    assert code == 2
+    assert '--format "int8-zeros": unknown; one of dense, int8, int8-32, int4-32, fp8' in told
     assert json.loads(check(billion, "--memory", "64GiB", "--dtype", "float32", "--json")[1])["stored"]["bytes"] == 4 * shown["parameters"]
 
 

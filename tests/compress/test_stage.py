@@ -18,7 +18,7 @@ from lineshaft.compress import stage
 from lineshaft.compress.stage import COMPRESS, CompressConfig, compress
 from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32
 from lineshaft.model.decoder import Decoder
-from lineshaft.ops.formats import DENSE, Int8
+from lineshaft.ops.formats import DENSE, Integer
 
 Make = Callable[..., Artifact]
 TOKENIZER = b'{"not": "looked into here"}'
@@ -50,9 +50,9 @@ def test_it_loads_and_its_facts_are_true(group: int | None, dense: Artifact, tmp
     model, before, facts = load_checkpoint(made.root), load_checkpoint(dense.root), made.manifest.facts
     formats = {name: linear.format for name, linear in model.linears().items()}
     assert formats.pop("lm_head") == DENSE
-    assert set(formats.values()) == {Int8(group)}
+    assert set(formats.values()) == {Integer(8, group)}
     assert facts["layers"] == len(formats)
-    assert facts["format"] == Int8(group).describe()
+    assert facts["format"] == Integer(8, group).describe()
     assert facts["quantised_share_of_fp32"] == quantised_share_of_fp32(model) < 0.5
     assert made.path("tokenizer.json").read_bytes() == TOKENIZER
     loss = [F.cross_entropy(logits_of(each, prompt(40))[:-1], torch.tensor(prompt(40)[1:])).item() for each in (before, model)]

@@ -16,6 +16,7 @@ from lineshaft.engine.loop import Engine
 from lineshaft.engine.warm import told, warm_up
 from lineshaft.model.decoder import Decoder
 from lineshaft.ops import reference, steady, table
+from lineshaft.ops.formats import Integer
 from lineshaft.ops.isa import library
 from lineshaft.sched.request import Ask, Emitted, Event, Sampling
 
@@ -156,6 +157,20 @@ def test_warming_up_finds_the_same_bits_and_leaves_nothing_behind(tiny: Tiny, fa
     assert warm_up(engine) is True
     assert engine.load_now() == before
     assert engine.idle
+
+
+@pytest.mark.parametrize(
+    "fmt", [Integer(4, 8, symmetric=False), Integer(8, packing="int-quantized", activations="int8"), Integer(4, 8, activations="int8")]
+)
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_integer_weights_keep_the_bits(tiny: Tiny, family: str, fmt: Integer) -> None:
+    model, made = tiny(family), asks()[:40]
+    for linear in model.linears().values():
+        if linear.in_features % 8 == 0:
+            linear.recode(fmt)
+    assert warm_up(engine_of(model, 60)) is True
+    heard, _ = in_company(model, made, set())
+    assert all(heard[number] == alone(model, ask) for number, ask in enumerate(made, 1))
 
 
 @pytest.mark.usefixtures("pytorch_alone")

@@ -24,7 +24,7 @@ from lineshaft.model.config import GroupedQueryAttention, Indexer, LatentAttenti
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.linear import Linear
 from lineshaft.ops import reference
-from lineshaft.ops.formats import Int8
+from lineshaft.ops.formats import Integer
 from lineshaft.ops.reach import Causal, Reach, Window
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 40, "max_position_embeddings": 64, "vocab_size": 61}
@@ -269,7 +269,7 @@ def test_the_choice_has_no_gradient_and_what_is_chosen_has() -> None:
 
 
 def latent_of(
-    new: int, context: int, seed: int, widths: tuple[int, int, int] = (4, 6, 8), fmt: Int8 | None = None
+    new: int, context: int, seed: int, widths: tuple[int, int, int] = (4, 6, 8), fmt: Integer | None = None
 ) -> tuple[LatentQuery, Tensor, Tensor]:
     """(queries with their up-projection, latents, rotated keys)."""
     generator = torch.Generator().manual_seed(seed)
@@ -282,7 +282,7 @@ def latent_of(
     return query, torch.randn(context, latent, generator=generator), torch.randn(context, rope, generator=generator)
 
 
-@pytest.mark.parametrize("fmt", [None, Int8(), Int8(4)])
+@pytest.mark.parametrize("fmt", [None, Integer(8), Integer(8, 4)])
 @settings(max_examples=15)
 @given(
     seed=st.integers(0, 10**6),
@@ -291,7 +291,7 @@ def latent_of(
     widths=st.sampled_from([(4, 6, 8), (8, 2, 4), (1, 2, 3)]),
 )
 def test_absorbed_latents_give_what_expanded_ones_give(
-    fmt: Int8 | None, seed: int, context: int, new: int, widths: tuple[int, int, int]
+    fmt: Integer | None, seed: int, context: int, new: int, widths: tuple[int, int, int]
 ) -> None:
     query, latents, rotated = latent_of(new, context, seed, widths, fmt)
     keys, values = query.expand(latents)

@@ -19,7 +19,7 @@ from lineshaft.base.store import Artifact, Draft, Store
 from lineshaft.model import checkpoint
 from lineshaft.model.adopt import ADOPT, AdoptConfig
 from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32, save_checkpoint
-from lineshaft.ops.formats import Int8
+from lineshaft.ops.formats import Integer
 
 Get = Callable[[str], Theirs]
 Tensors = dict[str, torch.Tensor]
@@ -152,7 +152,7 @@ def test_compressed_weights_come_back_as_they_were(folder: Path, tmp_path: Path)
     model = load_checkpoint(folder)
     for name, linear in model.linears().items():
         if name != "lm_head":
-            linear.recode(Int8(4))
+            linear.recode(Integer(8, 4))
     save_checkpoint(model, tmp_path / "out", folder)
     again = load_checkpoint(tmp_path / "out")
     assert again.state_dict().keys() == model.state_dict().keys()
@@ -164,7 +164,7 @@ def test_compressed_weights_come_back_as_they_were(folder: Path, tmp_path: Path)
 
 def test_a_quantisation_whose_groups_do_not_fit_names_the_layer(folder: Path, tmp_path: Path) -> None:
     model = load_checkpoint(folder)
-    model.linears()["model.layers.0.mlp.up_proj"].recode(Int8(16))
+    model.linears()["model.layers.0.mlp.up_proj"].recode(Integer(8, 16))
     save_checkpoint(model, tmp_path / "out", folder)
     content = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     content["config_groups"]["group_0"]["weights"]["group_size"] = 48

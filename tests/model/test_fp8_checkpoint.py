@@ -23,7 +23,7 @@ from lineshaft.base.store import Draft
 from lineshaft.model import adopt
 from lineshaft.model.adopt import ADOPT, AdoptConfig
 from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
-from lineshaft.ops.formats import DENSE, Fp8Block, Int8
+from lineshaft.ops.formats import DENSE, Fp8Block, Integer
 
 Get = Callable[[str], Theirs]
 Tensors = dict[str, Tensor]
@@ -228,7 +228,7 @@ def test_another_block_than_the_scales_have_is_named(theirs: Get, tmp_path: Path
 
 def test_two_quantised_formats_are_not_written(theirs: Get, tmp_path: Path) -> None:
     model = load_checkpoint(as_fp8(theirs("llama").folder, tmp_path / "fp8", PARTIAL))
-    model.linears()["lm_head"].recode(Int8())
+    model.linears()["lm_head"].recode(Integer(8))
     with pytest.raises(ConfigError, match="different quantised formats"):
         save_checkpoint(model, tmp_path / "out", tmp_path)
     assert not (tmp_path / "out").exists()

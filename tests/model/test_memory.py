@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from shapes import SHAPES
+from torch.profiler import ProfilerActivity, profile
 
 from lineshaft.base.errors import BadCheckpoint
 from lineshaft.model import attend
 from lineshaft.model import memory as memory_module
 from lineshaft.model.config import ModelConfig
+from lineshaft.model.cost import Product, products
 from lineshaft.model.decoder import Decoder
-from lineshaft.model.memory import Kept, Memory, Packing, Stored, stored_in
-from lineshaft.ops.formats import Fp8Block, Int8
+from lineshaft.model.memory import Kept, Memory, Packing, Stored, is_format, stored_in
+from lineshaft.ops import reference
+from lineshaft.ops.formats import DENSE, Format, Fp8Block, Integer
+from lineshaft.ops.quantization import to_quantization_config
 from lineshaft.train.batches import Batch
 from lineshaft.train.objective import NextToken
 
@@ -63,15 +69,70 @@ def test_what_training_keeps_is_what_autograd_saves(name: str, bfloat16: bool, p
     assert counted == pytest.approx(saved_by_autograd(config, batch(row, documents), bfloat16), rel=0.09 if tiled else 0.01)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("fmt", ["dense", "int8", "int8-4", "fp8"])
+FORMATS = {
+    "dense": DENSE,
+    "fp8": Fp8Block(),
+    "int8": Integer(8),
+    "int8-4": Integer(8, 4),
+    "int8-a8": Integer(8, activations="int8"),
+    "int4": Integer(4),
+    "int4-8": Integer(4, 8),
+    "int4-zeros": Integer(4, symmetric=False),
+    "int4-8-zeros-a8": Integer(4, 8, symmetric=False, activations="int8"),
+}
+
+
+def fits(name: str, fmt: str) -> bool:
+    return not fmt.startswith("int4") or all(item.inputs % 8 == 0 for item in products(SHAPES[name]) if item.linear)
+
+
+@pytest.mark.parametrize(("name", "fmt"), [(name, fmt) for name in SHAPES for fmt in FORMATS if fits(name, fmt)])
 def test_bytes_by_format_are_those_of_the_tensors(name: str, fmt: str) -> None:
     config, model = SHAPES[name], Decoder(SHAPES[name])
-    formats = {"int8": Int8(), "int8-4": Int8(4), "fp8": Fp8Block()}
     for layer, linear in model.linears().items():
-        if fmt in formats and layer != "lm_head":
-            linear.reserve(formats[fmt])
+        if fmt != "dense" and layer != "lm_head":
+            linear.reserve(FORMATS[fmt])
     assert Stored("float32", fmt).total(config) == sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("fmt", [name for name in FORMATS if name.startswith("int")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_what_a_product_holds_is_counted(fmt: str, dtype: str, tokens: int) -> None:
+    """Against the allocator: the most that was live at once, rows and results left out."""
+    stored = FORMATS[fmt].encode(torch.randn(384, 2048))
+    x = torch.randn(tokens, 2048).to(getattr(torch, dtype))
+    FORMATS[fmt].matmul(x, stored, None)
+    counted = Stored(dtype, fmt).working(Product(2048, 384), dtype, tokens)
+    result = 2 * 384 * tokens * x.element_size()
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        FORMATS[fmt].matmul(x, stored, None)
+    changes = [event.nbytes() for event in _memory_events(seen)]
+    peak = max(accumulate(changes))
+    assert counted * 0.6 <= peak <= counted * 1.05 + result
+
+
+def _memory_events(seen: profile) -> list[Any]:
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return sorted(events, key=lambda event: event.start_ns())
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "int8-128", "int4-32-a8"])
+def test_formats_have_names(name: str) -> None:
+    assert is_format(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "int", "int2", "int8-", "int8-0", "int8-a8-32", "int8-zeros", "int8-32-zeros-a8", "fp8-a8", "dense-32"]
+)
+def test_other_names_mean_nothing(name: str) -> None:
+    assert not is_format(name)
+
+
+@pytest.mark.parametrize(("name", "fmt"), FORMATS.items())
+def test_what_is_written_of_a_format_is_its_name(name: str, fmt: Format, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": to_quantization_config({"a": fmt})}))
+    assert stored_in(tmp_path).format == name
 
 
 def test_half_the_bytes_in_bfloat16() -> None:
@@ -86,6 +147,7 @@ def test_the_largest_phase_is_the_peak() -> None:
 
 def test_constants_that_are_repeated_are_equal() -> None:
     assert (memory_module.ALONE, memory_module.SCORED) == (attend.ALONE, attend.SCORED)
+    assert memory_module._PART == reference.EXACT_INPUTS
 
 
 def test_how_a_folder_stores_its_weights_is_read_from_its_config(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from lineshaft.engine.loop import Engine
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.operators import ops_used
 from lineshaft.ops import table
-from lineshaft.ops.formats import Int8
+from lineshaft.ops.formats import Integer
 from lineshaft.sched.request import Ask, Sampling
 from lineshaft.train.objective import NextToken
 
@@ -42,13 +42,13 @@ def test_training_calls_no_other_op(name: str, called: set[str]) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("fmt", ["dense", "int8"])
+@pytest.mark.parametrize("fmt", ["dense", "int8", "int8-a8"])
 def test_serving_calls_these_ops(name: str, fmt: str, called: set[str]) -> None:
     model = Decoder(SHAPES[name])
     model.initialise(1)
-    for linear in model.linears().values() if fmt == "int8" else ():
+    for linear in model.linears().values() if fmt != "dense" else ():
         if linear is not model.lm_head:
-            linear.recode(Int8())
+            linear.recode(Integer(8, activations="int8" if fmt == "int8-a8" else None))
     engine = Engine(model.eval().requires_grad_(False), EngineConfig())
     for length in (2, 40):  # within the choice of an indexer, and beyond
         engine.submit(Ask(list(range(length)), Sampling(max_tokens=3, ignore_eos=True)))

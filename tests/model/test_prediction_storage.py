@@ -15,7 +15,7 @@ from toys import Theirs, with_prediction_layers
 
 from lineshaft.base.errors import BadCheckpoint, UnsupportedModel
 from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
-from lineshaft.ops.formats import Int8
+from lineshaft.ops.formats import Integer
 
 Get = Callable[[str], Theirs]
 Tensors = dict[str, torch.Tensor]
@@ -86,10 +86,10 @@ def test_minus_zero_is_not_zero_in_a_copy(folder: Path) -> None:
 def test_a_compressed_head_is_copied_as_it_is_stored(folder: Path, tmp_path: Path) -> None:
     model = load_checkpoint(folder)
     for linear in model.linears().values():
-        linear.recode(Int8())
+        linear.recode(Integer(8))
     save_checkpoint(model, tmp_path / "out", folder)
     tensors = stored(tmp_path / "out")
-    for part in Int8().tensor_names:
+    for part in Integer(8).tensor_names:
         assert torch.equal(tensors[f"model.layers.4.shared_head.head.{part}"], tensors[f"lm_head.{part}"])
     again = load_checkpoint(tmp_path / "out").state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())

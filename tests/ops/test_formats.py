@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from lineshaft.base.errors import ConfigError
 from lineshaft.ops import table
-from lineshaft.ops.formats import Fp8Block, Int8
+from lineshaft.ops.formats import Fp8Block, Integer
 
 KINDS = ["normal", "tiny", "subnormal", "huge", "zero rows", "one outlier", "steps"]
 
@@ -46,7 +46,7 @@ def numpy_oracle(weight: Tensor, group: int | None) -> tuple[np.ndarray, np.ndar
 @given(group=st.sampled_from([None, 32, 64, 4]), outputs=st.integers(1, 9), blocks=st.integers(1, 3), seed=st.integers(0, 10**6))
 def test_int8_is_the_nearest_code_and_no_worse_than_half_a_step(kind: str, group: int | None, outputs: int, blocks: int, seed: int) -> None:
     weight = weight_of(kind, outputs, 64 * blocks, seed)
-    fmt = Int8(group)
+    fmt = Integer(8, group)
     stored = fmt.encode(weight)
     scales, places = numpy_oracle(weight, group)
     assert np.array_equal(stored["weight_scale"].numpy(), scales)
@@ -63,24 +63,24 @@ def test_int8_is_the_nearest_code_and_no_worse_than_half_a_step(kind: str, group
 def test_small_weights_keep_eight_bits(group: int | None) -> None:
     """Scales below FP16's smallest normal number, 6e-5, must not be lifted to it: trained models have such channels."""
     weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)) * 2e-4
-    error = Int8(group).decode(Int8(group).encode(weight), torch.float32) - weight
+    error = Integer(8, group).decode(Integer(8, group).encode(weight), torch.float32) - weight
     assert error.abs().max() < weight.abs().max() / 200
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group", [None, 32])
 def test_what_is_stored_has_the_shapes_that_are_reserved(dtype: torch.dtype, group: int | None) -> None:
-    stored, reserved = Int8(group).encode(torch.randn(6, 96).to(dtype)), Int8(group).empty(6, 96)
-    assert tuple(stored) == tuple(reserved) == Int8(group).tensor_names
+    stored, reserved = Integer(8, group).encode(torch.randn(6, 96).to(dtype)), Integer(8, group).empty(6, 96)
+    assert tuple(stored) == tuple(reserved) == Integer(8, group).tensor_names
     assert all(stored[name].shape == reserved[name].shape and stored[name].dtype == reserved[name].dtype for name in stored)
     assert all(tensor.is_contiguous() for tensor in stored.values())
     assert stored["weight_shape"].tolist() == [6, 96]
-    assert Int8(group).decode(stored, dtype).dtype == dtype
+    assert Integer(8, group).decode(stored, dtype).dtype == dtype
 
 
 def test_zero_weights_stay_zero() -> None:
     for group in (None, 4):
-        assert Int8(group).decode(Int8(group).encode(torch.zeros(3, 8)), torch.float32).eq(0).all()
+        assert Integer(8, group).decode(Integer(8, group).encode(torch.zeros(3, 8)), torch.float32).eq(0).all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e8])
@@ -89,19 +89,19 @@ def test_weights_that_have_no_scale_are_refused(value: float, group: int | None)
     weight = torch.zeros(3, 8)
     weight[1, 5] = value
     with pytest.raises(ConfigError, match="not a number or too large for INT8"):
-        Int8(group).encode(weight)
+        Integer(8, group).encode(weight)
 
 
 @pytest.mark.parametrize(("inputs", "group", "unit"), [(48, 32, 32), (6, None, 4), (6, 3, 4), (30, 64, 64), (6, 6, 4)])
 def test_inputs_that_do_not_divide_are_refused(inputs: int, group: int | None, unit: int) -> None:
-    for ask in (lambda: Int8(group).encode(torch.zeros(2, inputs)), lambda: Int8(group).empty(2, inputs)):
+    for ask in (lambda: Integer(8, group).encode(torch.zeros(2, inputs)), lambda: Integer(8, group).empty(2, inputs)):
         with pytest.raises(ConfigError, match=f"{inputs} inputs are not a multiple of {unit}"):
             ask()
 
 
 def test_groups_of_32_take_eight_and_a_half_bits() -> None:
     weight = torch.randn(512, 512)
-    share = sum(tensor.nbytes for tensor in Int8(32).encode(weight).values()) / weight.nbytes
+    share = sum(tensor.nbytes for tensor in Integer(8, 32).encode(weight).values()) / weight.nbytes
     assert share == pytest.approx(0.265625, rel=0.005)
 
 
@@ -109,7 +109,7 @@ def test_groups_of_32_take_eight_and_a_half_bits() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", [None, 32])
 def test_the_product_is_that_with_the_decoded_weight(group: int | None, dtype: torch.dtype, bias: bool) -> None:
-    fmt, x = Int8(group), torch.randn(5, 64).to(dtype)
+    fmt, x = Integer(8, group), torch.randn(5, 64).to(dtype)
     stored, b = fmt.encode(torch.randn(7, 64)), torch.randn(7).to(dtype) if bias else None
     expected = x.double() @ fmt.decode(stored, torch.float32).double().T + (0 if b is None else b.double())
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2

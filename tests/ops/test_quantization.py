@@ -2,43 +2,75 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.quantization import QuantizationConfig
+from integer_cases import KINDS
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from lineshaft.base.errors import BadCheckpoint, ConfigError, UnsupportedModel
-from lineshaft.ops.formats import DENSE, Fp8Block, Int8
+from lineshaft.ops.formats import DENSE, Fp8Block, Integer
 from lineshaft.ops.quantization import from_quantization_config, to_quantization_config
 
 DEEPSEEK: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 """Word for word that of DeepSeek-V3's config.json."""
 
 
-@pytest.mark.parametrize("fmt", [Int8(), Int8(32)])
-def test_a_description_comes_back_as_the_same_formats(fmt: Int8) -> None:
+INTEGERS = [replace(kind, group=group, activations=rounded) for kind in KINDS for group in (None, 32) for rounded in (None, "int8")]
+
+
+@pytest.mark.parametrize("fmt", INTEGERS, ids=str)
+def test_a_description_comes_back_as_the_same_formats(fmt: Integer) -> None:
     formats = {"a": fmt, "b": DENSE, "c": fmt}
     config = to_quantization_config(formats)
     assert config is not None
     assert from_quantization_config(config, formats, ()) == formats
     assert to_quantization_config({"a": DENSE}) is None
-    for other in (Int8(64), Fp8Block()):
+    for other in (Integer(8, 64), Fp8Block()):
         with pytest.raises(ConfigError, match="different quantised formats"):
             to_quantization_config({"a": fmt, "b": other})
 
 
+@pytest.mark.parametrize("fmt", INTEGERS, ids=str)
+def test_compressed_tensors_reads_our_description_and_we_read_its_own(fmt: Integer) -> None:
+    config = to_quantization_config({"a": fmt, "b": DENSE})
+    theirs = QuantizationConfig.model_validate(config)
+    (scheme,) = theirs.config_groups.values()
+    assert (scheme.format or infer_module_format(torch.nn.Linear, scheme)) == fmt.packing
+    assert (scheme.weights.num_bits, scheme.weights.symmetric, scheme.weights.group_size) == (fmt.bits, fmt.symmetric, fmt.group)
+    assert (scheme.input_activations is None) == (fmt.activations is None)
+    written = theirs.model_dump(mode="json") | {"format": fmt.packing, "sparsity_config": {}, "transform_config": {}, "version": "0.20.0"}
+    assert from_quantization_config(written, ["a", "b"], ()) == {"a": fmt, "b": DENSE}
+
+
+def test_what_was_written_for_int8_is_written_still() -> None:
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    assert to_quantization_config({"a": Integer(8, 32), "b": DENSE}) == {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["b"],
+    }
+
+
 def test_patterns_in_ignore_are_read() -> None:
-    config = to_quantization_config({"a": Int8()}) or {}
+    config = to_quantization_config({"a": Integer(8)}) or {}
     config["ignore"] = ["re:.*down_proj", "lm_head"]
     read = from_quantization_config(config, ["layer.down_proj", "layer.up_proj", "lm_head", "xlm_head"], ())
-    assert read == {"layer.down_proj": DENSE, "layer.up_proj": Int8(), "lm_head": DENSE, "xlm_head": Int8()}
+    assert read == {"layer.down_proj": DENSE, "layer.up_proj": Integer(8), "lm_head": DENSE, "xlm_head": Integer(8)}
     config["ignore"] = None
-    assert from_quantization_config(config, ["lm_head"], ()) == {"lm_head": Int8()}
+    assert from_quantization_config(config, ["lm_head"], ()) == {"lm_head": Integer(8)}
 
 
-def _spoilt(path: str, value: Any) -> dict[str, Any]:
-    config: Any = to_quantization_config({"a": Int8(32)})
+def _spoilt(path: str, value: Any, fmt: Integer = Integer(8, 32)) -> dict[str, Any]:  # noqa: B008
+    config: Any = to_quantization_config({"a": fmt})
     *parts, last = path.split("/")
     here = config
     for part in parts:
@@ -54,14 +86,16 @@ GROUP = "config_groups/group_0"
     ("path", "value", "told"),
     [
         ("quant_method", "gptq", 'quantization by "gptq"'),
-        ("format", "int-quantized", "format 'int-quantized'"),
+        ("format", "marlin-24", "format 'marlin-24'"),
+        ("format", "naive-quantized", "format 'naive-quantized'"),
         ("quantization_status", "frozen", "quantization_status"),
         ("kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme"),
         ("transform_config", {"config_groups": {"u": 1}}, "transform_config"),
         ("config_groups", {}, "0 config_groups"),
         (f"{GROUP}/targets", ["re:.*self_attn.*"], "targets"),
         (f"{GROUP}/input_activations", {"num_bits": 8}, "input_activations"),
-        (f"{GROUP}/weights/num_bits", 4, "num_bits 4"),
+        (f"{GROUP}/weights/num_bits", 2, "num_bits 2"),
+        (f"{GROUP}/output_activations", {"num_bits": 8}, "output_activations"),
         (f"{GROUP}/weights/type", "float", "type 'float'"),
         (f"{GROUP}/weights/symmetric", False, "symmetric False"),
         (f"{GROUP}/weights/strategy", "tensor", "strategy 'tensor'"),
@@ -69,14 +103,41 @@ GROUP = "config_groups/group_0"
     ],
 )
 def test_schemes_that_we_do_not_read_are_named(path: str, value: Any, told: str) -> None:
-    with pytest.raises(UnsupportedModel, match="supported: weight-only symmetric INT8") as caught:
+    with pytest.raises(UnsupportedModel, match="supported: integer weights by compressed-tensors") as caught:
         from_quantization_config(_spoilt(path, value), ["a"], ())
+    assert told in str(caught.value)
+
+
+A8 = f"{GROUP}/input_activations"
+
+
+@pytest.mark.parametrize(
+    ("fmt", "path", "value", "told"),
+    [
+        (Integer(8, packing="int-quantized"), f"{GROUP}/weights/num_bits", 4, "num_bits 4"),
+        (Integer(8, packing="int-quantized"), f"{GROUP}/weights/symmetric", False, "symmetric False"),
+        (Integer(4), f"{GROUP}/format", "int-quantized", "num_bits 4"),
+        (Integer(8, activations="int8"), f"{A8}/num_bits", 4, "input_activations: num_bits 4"),
+        (Integer(8, activations="int8"), f"{A8}/type", "float", "input_activations: type 'float'"),
+        (Integer(8, activations="int8"), f"{A8}/symmetric", False, "input_activations: symmetric False"),
+        (Integer(8, activations="int8"), f"{A8}/dynamic", False, "input_activations: dynamic False"),
+        (Integer(8, activations="int8"), f"{A8}/dynamic", "local", "input_activations: dynamic 'local'"),
+        (Integer(8, activations="int8"), f"{A8}/strategy", "tensor", "input_activations: strategy 'tensor'"),
+        (Integer(8, activations="int8"), f"{A8}/strategy", None, "input_activations: strategy None"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_named(fmt: Integer, path: str, value: Any, told: str) -> None:
+    with pytest.raises(UnsupportedModel, match="supported: integer weights by compressed-tensors") as caught:
+        from_quantization_config(_spoilt(path, value, fmt), ["a"], ())
     assert told in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
+        (A8, [8]),
+        (A8, "int8"),
+        (f"{GROUP}/weights/group_size", True),
         ("config_groups", None),
         ("config_groups", [1]),
         (GROUP, {}),

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integer_cases import exact_linear_int, exact_linear_int_a8, integers
 from masks import KINDS, dense, mask_of, reaches
 from torch import Tensor
 
 from lineshaft.ops import reference, table
-from lineshaft.ops.formats import Fp8Block, Int8
+from lineshaft.ops.formats import Fp8Block
 from lineshaft.ops.reach import Causal, Reach
 from lineshaft.ops.steady import KEYS
 
@@ -40,12 +41,18 @@ class Shapes:
         bias = self.randn(outputs) if self.draw(st.booleans()) else None
         return self.randn(tokens, inputs), self.randn(outputs, inputs), bias
 
-    def linear_int8(self) -> Arguments:
-        group, blocks, outputs = self.draw(st.sampled_from([None, 4, 32, 64])), self.size(3), self.size(19)
-        inputs = blocks * (group or 4)
-        stored = Int8(group).encode(self.randn(outputs, inputs, dtype=torch.float32))
-        bias = self.randn(outputs) if self.draw(st.booleans()) else None
-        return self.randn(self.size(7), inputs), stored["weight_packed"], stored["weight_scale"], bias
+    def linear_int(self) -> Arguments:
+        fmt, inputs = self.draw(integers()), 64 * self.size(3)
+        stored = fmt.encode(self.randn(self.size(19), inputs, dtype=torch.float32))
+        scale = stored["weight_scale"].to(self.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32])))
+        codes, zero = stored["weight" if fmt.packing == "int-quantized" else "weight_packed"], stored.get("weight_zero_point")
+        bias = self.randn(len(scale)) if self.draw(st.booleans()) else None
+        return self.randn(self.size(7), inputs), codes, scale, zero, fmt.bits, bias
+
+    def linear_int_a8(self) -> Arguments:
+        x, *weight = self.linear_int()
+        x[-1] *= self.draw(st.sampled_from([0, 1, 1e-30, 1e4]))
+        return x, *weight
 
     def linear_fp8(self) -> Arguments:
         block, outputs, inputs = (self.size(9), self.size(9)), self.size(19), self.size(33)
@@ -215,12 +222,6 @@ def exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.einsum("ti,oi->to", x, weight) + (0 if bias is None else bias)
 
 
-def exact_linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    codes = torch.tensor([[byte - 128 for word in row for byte in (word & 0xFFFFFFFF).to_bytes(4, "little")] for row in packed.tolist()])
-    weight = codes.double() * scale.double().repeat_interleave(codes.shape[1] // scale.shape[1], 1)
-    return exact_linear(x, weight, bias)
-
-
 def exact_linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, block: tuple[int, int], bias: Tensor | None) -> Tensor:
     rows, columns = (torch.arange(size) // each for size, each in zip(weight.shape, block, strict=True))
     return exact_linear(x, weight.double() * scale[rows][:, columns].double(), bias)
@@ -299,7 +300,8 @@ def exact_paged_chosen_mla(q: Tensor, q_rope: Tensor, pages: Tensor, places: Ten
 
 EXACT: dict[str, Callable[..., Tensor]] = {
     "linear": exact_linear,
-    "linear_int8": exact_linear_int8,
+    "linear_int": exact_linear_int,
+    "linear_int_a8": exact_linear_int_a8,
     "linear_fp8": exact_linear_fp8,
     "rms_norm": exact_rms_norm,
     "rope": exact_rope,

@@ -11,7 +11,7 @@ import torch
 from lineshaft.base.errors import ConfigError
 from lineshaft.base.store import Artifact, Draft, Store
 from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
-from lineshaft.ops.formats import Int8
+from lineshaft.ops.formats import Integer
 from lineshaft.train.finetune import FINETUNE, FinetuneConfig
 from lineshaft.train.stage import PRETRAIN
 
@@ -59,7 +59,7 @@ def test_experts_a_token_can_be_changed(trained: tuple[Store, Artifact, Artifact
 def test_a_compressed_checkpoint_is_not_trained(trained: tuple[Store, Artifact, Artifact]) -> None:
     store, before, tokens = trained
     model = load_checkpoint(before.root)
-    model.model.layers[0].mlp.gate_proj.recode(Int8())
+    model.model.layers[0].mlp.gate_proj.recode(Integer(8))
     with store.draft("checkpoint", stage="by_hand", version=1, config={}) as draft:
         assert isinstance(draft, Draft)
         save_checkpoint(model, draft.root, before.root)

@@ -23,7 +23,7 @@ from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import attention_flops, cost_of
 from lineshaft.model.fit import Verdict, told_bytes
 from lineshaft.model.folder import load_config
-from lineshaft.model.memory import ITEM, Stored, stored_in
+from lineshaft.model.memory import ITEM, Stored, is_format, stored_in
 from lineshaft.model.operators import ops_used
 from lineshaft.ops.table import chosen, steady
 from lineshaft.pipeline.recipe import read_recipe
@@ -33,7 +33,7 @@ from lineshaft.train.stage import TrainConfig
 Task = Literal["serve", "train", "quantise"]
 DOES_NOT_FIT = 8
 """Exit status when the task does not fit: that of the error with which the task itself would be refused."""
-_FORMATS = ("dense", "int8", "int8-32", "fp8")
+_FORMATS = ("dense", "int8", "int8-32", "int4-32", "fp8")
 
 
 def check(
@@ -90,8 +90,9 @@ def _from_yaml(path: Path) -> tuple[ModelConfig, Stored, Table]:
 
 
 def _stored(stored: Stored, fmt: str | None, dtype: str | None) -> Stored:
-    if fmt is not None and fmt not in _FORMATS and not (fmt.startswith("int8-") and fmt[5:].isdecimal() and int(fmt[5:]) > 0):
-        raise ConfigError(f'--format "{fmt}": unknown; one of {", ".join(_FORMATS)}, or int8-N for groups of N')
+    if fmt is not None and not is_format(fmt):
+        more = "-N for groups of N; after it -zeros (int4: with zero points) and -a8 (activations rounded to 8 bits)"
+        raise ConfigError(f'--format "{fmt}": unknown; one of {", ".join(_FORMATS)}; integers with {more}')
     if dtype is not None and dtype not in ("float32", "bfloat16"):
         raise ConfigError(f'--dtype "{dtype}": unknown; float32 or bfloat16')
     stored = stored if dtype is None else stored.cast(dtype)

@@ -21,7 +21,7 @@ from lineshaft.model.decoder import Decoder
 from lineshaft.model.folder import load_config
 from lineshaft.model.linear import Linear
 from lineshaft.model.memory import stored_in
-from lineshaft.ops.formats import DENSE, Int8
+from lineshaft.ops.formats import DENSE, Integer
 from lineshaft.text import contract
 
 
@@ -45,7 +45,7 @@ def compress(model: Decoder, config: CompressConfig) -> list[str]:
     with bar("compress", len(layers)) as progress, large_blocks_returned():
         for name, linear in layers.items():
             try:
-                linear.recode(Int8(config.group))
+                linear.recode(Integer(8, config.group))
             except ConfigError as error:
                 raise ConfigError(f"compress: {name}: {error}; or add it to skip") from None
             progress.advance()
@@ -77,7 +77,7 @@ def _build(draft: Draft, config: CompressConfig) -> None:
     save_checkpoint(model, draft.root, source.root)
     _prove(model, draft.root)
     inherited = {name: source.manifest.facts[name] for name in ("parameters", "active_parameters") if name in source.manifest.facts}
-    draft.facts |= contract.carried(source, draft.root) | inherited | {"format": Int8(config.group).describe(), "layers": len(layers)}
+    draft.facts |= contract.carried(source, draft.root) | inherited | {"format": Integer(8, config.group).describe(), "layers": len(layers)}
     draft.facts["quantised_share_of_fp32"] = quantised_share_of_fp32(model)
 
 

@@ -33,6 +33,6 @@ def packed_copy(model: Decoder) -> Decoder:
     if library() is None:
         return model
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    own: Decoder = copy.deepcopy(model, shared)  # type: ignore[arg-type] # the memo of deepcopy takes any object
+    own: Decoder = copy.deepcopy(model, shared)
     pack(own)
     return own

@@ -135,7 +135,7 @@ def _check_names(folder: Path, model: Decoder, found: Tensors) -> None:
         if names:
             listed = sorted(to_file(model.config.family, name) for name in names)
             shown = ", ".join(listed[:5]) + (" ..." if len(names) > 5 else "")
-            if what != "missing" and any(name.endswith((".weight_scale_inv", ".weight_packed")) for name in names):
+            if what != "missing" and any(name.endswith((".weight_scale_inv", ".weight_scale", ".weight_packed")) for name in names):
                 shown += "; quantised tensors are read as quantization_config in config.json describes them: is it complete?"
             raise BadCheckpoint(f"{folder}: {len(names)} {'tensor is' if len(names) == 1 else 'tensors are'} {what}: {shown}")
 

@@ -7,6 +7,7 @@ own files (engine/memory, train/memory, compress/memory) put these together as t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,10 @@ ALONE = 128
 """model.attend.ALONE; a test holds them equal. This file is free of torch and can't import it."""
 SCORED = 64
 """model.attend.SCORED: queries for which an indexer chooses at a time."""
+_SHAPE = 16
+"""Bytes of weight_shape. One layout of integers (int-quantized) has none; that is let pass."""
+_PART = 1024
+"""reference.EXACT_INPUTS; a test holds them equal."""
 _NORM_SUM = 4  # a norm keeps one float32 a row
 
 
@@ -58,7 +63,7 @@ class Stored:
 
     dtype: str = "float32"
     format: str = "dense"
-    """dense, int8 (one scale a channel), int8-N (one scale a group of N inputs) or fp8 (one scale a block of 128 x 128)."""
+    """dense, fp8 (one scale a block of 128 x 128), or integers: see `is_format`."""
     skips_head: bool = True
     """An untied head stays dense whatever the format."""
     in_files: int | None = None
@@ -85,16 +90,34 @@ class Stored:
             return product.size * ITEM[self.dtype]
         if self.format == "fp8":
             return product.size + 4 * -(-product.outputs // 128) * -(-product.inputs // 128)
-        _, _, group = self.format.partition("-")
-        scales = product.outputs * (-(-product.inputs // int(group)) if group else 1)
-        return product.size + 2 * scales + 16
+        bits, group, zeros, _ = _integer(self.format)
+        groups = -(-product.inputs // (group or product.inputs))
+        zero_points = 4 * -(-product.outputs // 8) * groups if zeros else 0
+        return product.outputs * -(-product.inputs * bits // 8) + 2 * product.outputs * groups + zero_points + _SHAPE
 
     def unpacked(self, product: Product, dtype: str) -> int:
-        """Most bytes held while one matrix is made ready for a product in `dtype`: decoded (reference.unpack_int8, unpack_fp8),
-        or widened from bfloat16 (ops/cpu.py; counted also where the processor needs no widening)."""
+        """Most bytes held while one matrix is made ready for a product in `dtype`: decoded (integers.Integers.decode,
+        reference.unpack_fp8), or widened from bfloat16 (ops/cpu.py; counted also where the processor needs no widening)."""
         if self.format == "dense" or not product.linear:
             return 4 * product.size if dtype == "bfloat16" else 0
-        return product.size * (8 if dtype == "float32" else 10)
+        if self.format == "fp8":
+            return product.size * (8 if dtype == "float32" else 10)
+        return self._codes(product) + product.size * (4 if dtype == "float32" else 6)
+
+    def working(self, product: Product, dtype: str, tokens: int) -> int:
+        """Most bytes held during the product of so many rows, without rows and results: `unpacked`, or what rounded rows take
+        (reference.linear_int_a8)."""
+        if not self.format.endswith("-a8") or not product.linear:
+            return self.unpacked(product, dtype)
+        _, group, _, _ = _integer(self.format)
+        part = 4 * product.outputs * min(group or product.inputs, _PART) + 20 * tokens * product.outputs
+        rows = 4 * tokens * product.inputs
+        return self._codes(product) + max(product.size, rows + max(rows, part))
+
+    def _codes(self, product: Product) -> int:
+        """Bytes of an integer weight's codes, scales and zeros while it is used. 8-bit codes are looked at where they lie."""
+        bits, group, _, _ = _integer(self.format)
+        return 9 * product.outputs * (product.inputs // (group or product.inputs)) + (product.size if bits == 4 else 0)
 
     def _coded(self, config: ModelConfig) -> list[Product]:
         coded = [item for item in products(config) if item.linear] if self.format != "dense" else []
@@ -112,6 +135,22 @@ def stored_in(folder: Path) -> Stored:
     return Stored(dtype, _format_of(hf.get("quantization_config")), in_files=size)
 
 
+_INTEGER = re.compile(r"int(?P<bits>[84])(?:-(?P<group>[1-9][0-9]*))?(?P<zeros>-zeros)?(?P<rounded>-a8)?")
+
+
+def is_format(name: str) -> bool:
+    """Does Stored know this format? dense, fp8, int8 or int4 with one scale a channel, or with -N one a group of N inputs; then
+    -zeros (int4: with zero points) and -a8 (activations rounded to 8 bits a token), where they apply."""
+    return name in ("dense", "fp8") or (_INTEGER.fullmatch(name) is not None and not name.startswith("int8") & ("-zeros" in name))
+
+
+def _integer(name: str) -> tuple[int, int | None, bool, bool]:
+    """Bits, inputs that share a scale (None: all), zero points, activations rounded?"""
+    found = _INTEGER.fullmatch(name)
+    assert found is not None  # is_format sees to it
+    return int(found["bits"]), (found["group"] and int(found["group"])) or None, found["zeros"] is not None, found["rounded"] is not None
+
+
 def _format_of(quantization: Any) -> str:
     """The format that a quantization_config names; whether it is one that we run is found out when it is loaded."""
     if not isinstance(quantization, dict):
@@ -120,8 +159,12 @@ def _format_of(quantization: Any) -> str:
         return "fp8"
     groups = quantization.get("config_groups")
     first: Any = next(iter(groups.values()), {}) if isinstance(groups, dict) else {}
-    size = first["weights"].get("group_size") if isinstance(first, dict) and isinstance(first.get("weights"), dict) else None
-    return f"int8-{size}" if isinstance(size, int) and size > 0 else "int8"
+    first = first if isinstance(first, dict) else {}
+    weights: Any = first["weights"] if isinstance(first.get("weights"), dict) else {}
+    four, size = weights.get("num_bits") == 4, weights.get("group_size")
+    group = f"-{size}" if isinstance(size, int) and size > 0 else ""
+    zeros = "-zeros" if four and weights.get("symmetric") is False else ""
+    return f"int{4 if four else 8}{group}{zeros}{'-a8' if first.get('input_activations') else ''}"
 
 
 def one_pass(config: ModelConfig, stored: Stored, dtype: str, tokens: int, context: int) -> int:
@@ -152,15 +195,18 @@ def _attention_pass(config: ModelConfig, stored: Stored, dtype: str, tokens: int
 
 def _feed_forward_pass(config: ModelConfig, layer: int, stored: Stored, dtype: str, tokens: int) -> int:
     hidden, item, moe = config.hidden_size, ITEM[dtype], config.moe
-    largest = max(stored.unpacked(product, dtype) for product in feed_forward_part(config, layer).products)
+
+    def largest(rows: int) -> int:
+        return max(stored.working(product, dtype, rows) for product in feed_forward_part(config, layer).products)
+
     if moe is None or not config.is_moe_layer(layer):
-        return item * tokens * hidden + _swiglu_pass(config.intermediate_size, tokens, item, largest)
+        return item * tokens * hidden + _swiglu_pass(config.intermediate_size, tokens, item, largest(tokens))
     pairs = tokens * moe.num_experts_per_tok
     run = -(-pairs // moe.n_routed_experts)
-    one_expert = item * 3 * pairs * hidden + _swiglu_pass(moe.moe_intermediate_size, run, item, largest)
+    one_expert = item * 3 * pairs * hidden + _swiglu_pass(moe.moe_intermediate_size, run, item, largest(run))
     gathered = item * 5 * pairs * hidden  # in the order of tokens and of experts, back again, and weighted
     shared = max(moe.moe_intermediate_size * moe.n_shared_experts, moe.shared_expert_intermediate_size)
-    beside = item * tokens * hidden + _swiglu_pass(shared, tokens, item, largest)
+    beside = item * tokens * hidden + _swiglu_pass(shared, tokens, item, largest(tokens))
     return item * tokens * hidden + max(one_expert, gathered, beside)
 
 

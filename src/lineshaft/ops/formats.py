@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,22 @@ from torch import Tensor
 
 from lineshaft.base.errors import ConfigError
 from lineshaft.ops import reference, table
+from lineshaft.ops.integers import Integers, integers, pack
 
 Tensors = Mapping[str, Tensor]
 
 _SMALLEST_FP16 = 2.0**-24
 _LARGEST_E4M3 = 448.0
+_SUPPORTED = {
+    (8, True, "pack-quantized"): (127.0, 127.5),
+    (8, True, "int-quantized"): (127.0, 127.5),
+    (4, True, "pack-quantized"): (7.5, 7.51),
+    (4, False, "pack-quantized"): (15.0, 15.02),
+}
+"""(bits, symmetric, packing) of Integer to (steps that a scale is a part of, multiples of it that lose nothing but rounding).
+
+Symmetric 4-bit codes go from -8 to 7: at 7.5 steps no weight is further than half a step from one, and steps are finer than at 7.
+"""
 
 
 class Format(Protocol):
@@ -75,57 +86,103 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Int8:
-    """Symmetric INT8 weights, activations untouched; one FP16 scale a channel, or one a group of inputs.
+class Integer:
+    """Integer weights with one scale a channel, or one a group of inputs, in a layout of compressed-tensors.
 
-    scale = max|w| / 127 over the group, rounded to FP16 first, then w is rounded to the nearest multiple of it: the
-    rounding uses the scale that the product will use. With groups of 32 a weight takes 8 + 16/32 = 8.5 bits.
+    `encode` rounds the scale to FP16 first, then w to the nearest multiple of it: the rounding uses the scale that the product
+    will use. Scales of others may be BF16 or FP32. Groups of 32 take 8 + 16/32 = 8.5 or 4 + 16/32 = 4.5 bits a weight.
+    Raises ConfigError for a combination that is not supported: 8 bits with zero points, 4 bits unpacked.
     """
 
+    bits: Literal[8, 4]
     group: int | None = None
-    tensor_names: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape")
+    symmetric: bool = True
+    """Zero is the code in the middle; else each group stores its code of zero, packed along outputs (4 bits only)."""
+    activations: Literal["int8"] | None = None
+    """Activations are rounded to so many bits, one scale a token; None: they are not."""
+    packing: Literal["pack-quantized", "int-quantized"] = "pack-quantized"
+    """Codes in words of int32 (`weight_packed`), or a weight a byte as int8 (`weight`; 8 bits only)."""
+
+    def __post_init__(self) -> None:
+        if (self.bits, self.symmetric, self.packing) not in _SUPPORTED:
+            told = f"{self.bits} bits, {'' if self.symmetric else 'a'}symmetric, {self.packing}"
+            raise ConfigError(f"integers of {told} are not supported")
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """See Format."""
+        if self.packing == "int-quantized":
+            return ("weight", "weight_scale")
+        return ("weight_packed", "weight_scale", "weight_shape", *(() if self.symmetric else ("weight_zero_point",)))
 
     def encode(self, weight_OI: Tensor) -> dict[str, Tensor]:
         """See Format."""
         outputs, inputs = weight_OI.shape
-        groups = self._groups(inputs)
-        grouped_OGI = weight_OI.detach().float().reshape(outputs, groups, -1)
-        limit_OG = grouped_OGI.abs().amax(-1)
-        scale_OG = (limit_OG / 127).clamp(min=_SMALLEST_FP16).to(torch.float16)
+        grouped_OGI = weight_OI.detach().float().reshape(outputs, self._groups(inputs), -1)
+        scale_OG, zero_OG = self._scale_and_zero(grouped_OGI)
+        codes_OGI = (grouped_OGI / scale_OG.float()[:, :, None]).round_().add_(zero_OG[:, :, None])
+        codes_OI = codes_OGI.clamp_(0, 2**self.bits - 1).flatten(1).to(torch.uint8)
+        if self.packing == "int-quantized":
+            return {"weight": (codes_OI ^ 128).view(torch.int8), "weight_scale": scale_OG}
+        packed = {"weight_packed": pack(codes_OI, self.bits), "weight_scale": scale_OG, "weight_shape": torch.tensor([outputs, inputs])}
+        return packed if self.symmetric else packed | {"weight_zero_point": pack(zero_OG.T, self.bits).T.contiguous()}
+
+    def _scale_and_zero(self, grouped_OGI: Tensor) -> tuple[Tensor, Tensor]:
+        """float16 and uint8 [O, G], from the least and the largest weight of a group."""
+        least_OG, largest_OG = grouped_OGI.amin(-1).clamp_(max=0), grouped_OGI.amax(-1).clamp_(min=0)
+        span_OG = torch.maximum(-least_OG, largest_OG) if self.symmetric else largest_OG - least_OG
+        steps, reach = _SUPPORTED[self.bits, self.symmetric, self.packing]
+        scale_OG = (span_OG / steps).clamp(min=_SMALLEST_FP16).to(torch.float16)
         # Near zero FP16 has steps as coarse as its numbers: one that was rounded down would cut the largest weights off.
-        scale_OG += _SMALLEST_FP16 * (scale_OG.float() * 127.5 < limit_OG)
+        scale_OG += _SMALLEST_FP16 * (scale_OG.float() * reach < span_OG)
         if not torch.isfinite(scale_OG).all():
-            raise ConfigError("a weight is not a number or too large for INT8 with FP16 scales (its scale exceeds 65504)")
-        codes = (grouped_OGI / scale_OG.float()[:, :, None]).round().clamp(-128, 127).flatten(1)
-        packed = (codes.to(torch.int16) + 128).to(torch.uint8).contiguous().view(torch.int32)
-        return {"weight_packed": packed, "weight_scale": scale_OG, "weight_shape": torch.tensor([outputs, inputs])}
+            told = f"too large for INT{self.bits} with FP16 scales (its scale exceeds 65504)"
+            raise ConfigError(f"a weight is not a number or {told}")
+        if self.symmetric:
+            return scale_OG, torch.full(scale_OG.shape, 1 << (self.bits - 1), dtype=torch.uint8, device=scale_OG.device)
+        return scale_OG, (-least_OG / scale_OG.float()).round_().clamp_(0, 2**self.bits - 1).to(torch.uint8)
 
     def empty(self, outputs: int, inputs: int) -> dict[str, Tensor]:
         """See Format."""
-        return {
-            "weight_packed": torch.empty(outputs, inputs // 4, dtype=torch.int32),
-            "weight_scale": torch.empty(outputs, self._groups(inputs), dtype=torch.float16),
-            "weight_shape": torch.empty(2, dtype=torch.int64),
+        groups, a_word = self._groups(inputs), 32 // self.bits
+        shapes = {
+            "weight": ((outputs, inputs), torch.int8),
+            "weight_packed": ((outputs, inputs // a_word), torch.int32),
+            "weight_scale": ((outputs, groups), torch.float16),
+            "weight_shape": ((2,), torch.int64),
+            "weight_zero_point": ((-(-outputs // a_word), groups), torch.int32),
         }
+        return {name: torch.empty(shapes[name][0], dtype=shapes[name][1]) for name in self.tensor_names}
 
     def _groups(self, inputs: int) -> int:
-        width = self.group or inputs
-        if inputs % width or inputs % 4:
-            unit = width if inputs % width else 4
-            raise ConfigError(f"int8: {inputs} inputs are not a multiple of {unit}; choose another group or leave this layer out")
+        width, a_word = self.group or inputs, 1 if self.packing == "int-quantized" else 32 // self.bits
+        if inputs % width or inputs % a_word:
+            unit = width if inputs % width else a_word
+            told = f"{inputs} inputs are not a multiple of {unit}; choose another group or leave this layer out"
+            raise ConfigError(f"int{self.bits}: {told}")
         return inputs // width
+
+    def integers(self, tensors: Tensors) -> Integers:
+        """Codes, scales and zeros apart from any layout: weight = (code - zero) * scale."""
+        return integers(*self._stored(tensors), self.bits)
+
+    def _stored(self, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
+        codes = tensors["weight_packed" if self.packing == "pack-quantized" else "weight"]
+        return codes, tensors["weight_scale"], tensors.get("weight_zero_point")
 
     def decode(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """See Format."""
-        return reference.unpack_int8(tensors["weight_packed"], tensors["weight_scale"], dtype)
+        return self.integers(tensors).decode(dtype)
 
     def matmul(self, x_TI: Tensor, tensors: Tensors, bias_O: Tensor | None) -> Tensor:
-        """See Format."""
-        return table.linear_int8(x_TI, tensors["weight_packed"], tensors["weight_scale"], bias_O)
+        """See Format. With `activations` it differs from the product with the decoded weight by the rounding of x."""
+        run = table.linear_int if self.activations is None else table.linear_int_a8
+        return run(x_TI, *self._stored(tensors), self.bits, bias_O)
 
     def describe(self) -> str:
         """See Format."""
-        return f"int8, one scale a {'channel' if self.group is None else f'group of {self.group}'}"
+        scale = f"one scale{'' if self.symmetric else ' and zero point'} a {'channel' if self.group is None else f'group of {self.group}'}"
+        return f"int{self.bits}, {scale}{'' if self.activations is None else ', int8 activations'}"
 
 
 @dataclass(frozen=True)

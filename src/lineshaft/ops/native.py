@@ -19,7 +19,7 @@ WIDEST = 1024
 """Channels of a head that the attention kernel has room for."""
 
 
-def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, rounded: bool) -> Tensor:
+def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, whole: bool) -> Tensor:
     """See `reference.packed_linear`."""
     kind, x_TI = _float_of(x_TI), _rows_of(x_TI)
     if x_TI.dim() != 2 or x_TI.shape[1] != shape.inputs or (not shape.scale_inputs and str(x_TI.dtype) != f"torch.{shape.kind}"):
@@ -30,7 +30,7 @@ def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | N
         *shape.native,
         packed.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        rounded,
+        whole,
         kind,
         x_TI.data_ptr(),
         x_TI.stride(0),
@@ -44,11 +44,9 @@ def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | N
 def rms_norm(x: Tensor, weight_I: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`."""
     kind, rows_TI, weight_I = _float_of(x), _rows_of(x.flatten(0, -2)), weight_I.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype)
-    width = x.shape[-1]
-    _library().norm(
-        kind, rows_TI.data_ptr(), rows_TI.stride(0), _float_of(weight_I), weight_I.data_ptr(), eps, out.data_ptr(), width, len(rows_TI), width
-    )
+    (tokens, width), out = rows_TI.shape, torch.empty(x.shape, dtype=x.dtype)
+    weight = _float_of(weight_I), weight_I.data_ptr()
+    _library().norm(kind, rows_TI.data_ptr(), rows_TI.stride(0), *weight, eps, out.data_ptr(), width, tokens, width)
     return out
 
 
@@ -70,7 +68,9 @@ def silu_mul(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     return out
 
 
-def paged_attention(q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, chunks_C4: Tensor, tables: Tensor, scale: float, reach: Reach) -> Tensor:
+def paged_attention(
+    q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, chunks_C4: Tensor, tables: Tensor, scale: float, reach: Reach
+) -> Tensor:
     """See `reference.paged_attention`."""
     kind, q_THD, chunks_C4 = _float_of(q_THD), q_THD.contiguous(), chunks_C4.contiguous()
     if pages_k.dtype != q_THD.dtype or tables.dtype != torch.int32 or chunks_C4.dtype != torch.int64:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lineshaft.ops import packing, table
-from lineshaft.ops.formats import Dense, Format
+from lineshaft.ops.formats import Dense, Format, Integer
 from lineshaft.ops.packing import Shape
 
 
@@ -20,7 +20,7 @@ class Packed:
     origin: Format
     """What the checkpoint has."""
     shape: Shape
-    rounded: bool = False
+    whole: bool = False
     """Activations are rounded to 8 bits, as the origin means it."""
     tensor_names: tuple[str, ...] = ("packed",)
 
@@ -40,7 +40,7 @@ class Packed:
 
     def matmul(self, x_TI: Tensor, tensors: Mapping[str, Tensor], bias_O: Tensor | None) -> Tensor:
         """See Format."""
-        return table.packed_linear(x_TI, tensors["packed"], self.shape, bias_O, self.rounded)
+        return table.packed_linear(x_TI, tensors["packed"], self.shape, bias_O, self.whole)
 
     def describe(self) -> str:
         """See Format."""
@@ -49,10 +49,10 @@ class Packed:
 
 def packed_of(fmt: Format, tensors: Mapping[str, Tensor]) -> tuple[Packed, Tensor] | None:
     """The packed form of a weight; None where the kernels can't take it."""
-    if not isinstance(fmt, Dense):
+    if isinstance(fmt, Dense):
+        made = packing.pack_dense(tensors["weight"].detach())
+    elif isinstance(fmt, Integer):
+        made = packing.pack_coded(fmt.integers(tensors), fmt.bits)
+    else:
         return None
-    weight_OI = tensors["weight"]
-    if weight_OI.dtype not in (torch.float32, torch.bfloat16) or not Shape("bfloat16", weight_OI.shape[1], len(weight_OI)).fits:
-        return None
-    shape, packed = packing.pack_dense(weight_OI.detach())
-    return Packed(fmt, shape), packed
+    return None if made is None else (Packed(fmt, made[0], isinstance(fmt, Integer) and fmt.activations is not None), made[1])

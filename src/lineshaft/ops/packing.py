@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lineshaft.ops.integers import Integers
 from lineshaft.ops.isa import library
 
 Kind = Literal["float32", "bfloat16", "int8", "int4"]
@@ -59,10 +60,14 @@ class Shape:
         return (4 * _GROUP + (_GROUP if self.zeros else 0)) if self.scale_inputs else 0
 
 
-def pack_dense(weight_OI: Tensor) -> tuple[Shape, Tensor]:
-    """A float32 or bf16 weight, packed: uint8."""
+def pack_dense(weight_OI: Tensor) -> tuple[Shape, Tensor] | None:
+    """A float32 or bf16 weight, packed: uint8. None for another dtype, or a shape that the kernels can't take."""
+    if weight_OI.dtype not in (torch.float32, torch.bfloat16):
+        return None
     kind: Kind = "float32" if weight_OI.dtype == torch.float32 else "bfloat16"
     shape, weight_OI = Shape(kind, weight_OI.shape[1], weight_OI.shape[0]), weight_OI.contiguous()
+    if not shape.fits:
+        return None
     native = library()
     if native is None:
         return shape, _rows(weight_OI.view(torch.uint8), shape).flatten()
@@ -71,11 +76,14 @@ def pack_dense(weight_OI: Tensor) -> tuple[Shape, Tensor]:
     return shape, out
 
 
-def pack_coded(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, bits: int) -> tuple[Shape, Tensor]:
-    """Unsigned codes (uint8), float32 scales and zero points (uint8); weight = (code - zero) * scale."""
+def pack_coded(weight: Integers, bits: int) -> tuple[Shape, Tensor] | None:
+    """Codes of 8 or 4 bits, packed: uint8. None for a shape that the kernels can't take."""
+    codes_OI, scale_OG, zero_OG = weight.codes_OI, weight.scale_OG, weight.zero_OG
     kind: Kind = "int8" if bits == 8 else "int4"
     zeros = bool((zero_OG != _MIDDLE[kind]).any())
     shape = Shape(kind, codes_OI.shape[1], codes_OI.shape[0], codes_OI.shape[1] // scale_OG.shape[1], zeros)
+    if not shape.fits:
+        return None
     native = library()
     if native is None:
         return shape, _coded(codes_OI, scale_OG, zero_OG, shape)
@@ -98,7 +106,7 @@ def unpack(packed: Tensor, shape: Shape) -> Tensor:
         bytes_NOGRB = torch.cat([bytes_NOGRB & 15, bytes_NOGRB >> 4], -1)
     codes_NOGK = bytes_NOGRB.reshape(groups, _GROUP, shape.scales, -1, wide).flatten(3).float()
     scale_NGO = parts[..., : 4 * _GROUP].contiguous().view(torch.float32)
-    zero_NGO = parts[..., 4 * _GROUP : shape.header].float() if shape.zeros else torch.tensor(float(_MIDDLE[shape.kind])).expand_as(scale_NGO)
+    zero_NGO = parts[..., 4 * _GROUP : shape.header].float() if shape.zeros else torch.full_like(scale_NGO, _MIDDLE[shape.kind])
     weight = (codes_NOGK - zero_NGO.transpose(1, 2)[..., None]) * scale_NGO.transpose(1, 2)[..., None]
     return weight.reshape(groups * _GROUP, -1)[: shape.outputs]
 
@@ -114,9 +122,9 @@ def _coded(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, shape: Shape) ->
         halves = codes_OI.view(len(codes_OI), -1, 2, 4)
         codes_OI = (halves[:, :, 0] | (halves[:, :, 1] << 4)).flatten(1)
     missing = -shape.outputs % _GROUP
-    per_group = [F.pad(item, (0, 0, 0, missing)).view(-1, _GROUP, shape.scales).transpose(1, 2).contiguous() for item in (scale_OG.float(), zero_OG)]
-    scale_NGB = per_group[0].view(torch.uint8).view(*per_group[0].shape[:2], -1)
-    return torch.cat([scale_NGB, *([per_group[1]] if shape.zeros else []), _rows(codes_OI, shape)], -1).flatten()
+    filled = (F.pad(item, (0, 0, 0, missing)) for item in (scale_OG.float(), zero_OG))
+    scale_NGO, zero_NGO = (item.view(-1, _GROUP, shape.scales).transpose(1, 2).contiguous() for item in filled)
+    return torch.cat([scale_NGO.view(torch.uint8), *([zero_NGO] if shape.zeros else []), _rows(codes_OI, shape)], -1).flatten()
 
 
 def _memory(size: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Which layer is stored in which format, in the words of `quantization_config` in config.json.
 
-Two ways of saying it are read and written: compressed-tensors (our INT8) and DeepSeek's (FP8 by blocks). transformers
+Two ways of saying it are read and written: compressed-tensors (integers) and DeepSeek's (FP8 by blocks). transformers
 and vLLM read both. What we can't run exactly is refused by name.
 """
 
@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lineshaft.base.errors import BadCheckpoint, ConfigError, UnsupportedModel
-from lineshaft.ops.formats import DENSE, Dense, Format, Fp8Block, Int8
+from lineshaft.ops.formats import DENSE, Dense, Format, Fp8Block, Integer
 
 Table = Mapping[str, Any]
 Wanted = tuple[tuple[str, object, tuple[object, ...]], ...]
 
-_INT8 = "weight-only symmetric INT8 by compressed-tensors, pack-quantized, one scale a channel or group"
+_INTEGER = (
+    "integer weights by compressed-tensors, one scale a channel or group: INT8 (symmetric, pack-quantized or int-quantized) or INT4 "
+    "(pack-quantized), activations untouched or INT8 (symmetric, dynamic, a scale a token)"
+)
 _FP8 = "FP8 (e4m3) weights with one scale a block, as DeepSeek-V3 ships them"
 
 
@@ -33,20 +36,25 @@ def to_quantization_config(formats: Mapping[str, Format]) -> dict[str, Any] | No
         raise ConfigError("layers in different quantised formats can't be saved in one checkpoint yet")
     (kind,) = kinds
     left = sorted(name for name, item in formats.items() if isinstance(item, Dense))
-    if isinstance(kind, Int8):
-        return _int8_to_config(kind, left)
+    if isinstance(kind, Integer):
+        return _integer_to_config(kind, left)
     assert isinstance(kind, Fp8Block)
     scale = {"scale_fmt": "ue8m0"} if kind.power_of_two else {}
     blocks = {"weight_block_size": list(kind.block), "modules_to_not_convert": left}
     return {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"} | blocks | scale
 
 
-def _int8_to_config(kind: Int8, left: list[str]) -> dict[str, Any]:
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group" if kind.group else "channel", "group_size": kind.group}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+def _integer_to_config(kind: Integer, left: list[str]) -> dict[str, Any]:
+    strategy = "group" if kind.group else "channel"
+    weights = {"num_bits": kind.bits, "type": "int", "symmetric": kind.symmetric, "strategy": strategy, "group_size": kind.group}
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    if kind.activations is not None:
+        group["input_activations"] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    if kind.packing != ("pack-quantized" if kind.activations is None else "int-quantized"):
+        group["format"] = kind.packing  # compressed-tensors goes by this, and guesses the other where it is missing
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": kind.packing,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": left,
@@ -64,11 +72,11 @@ def from_quantization_config(config: Table, layers: Iterable[str], stored: Conta
             block = _fp8_of(config)
             return {name: block if f"{name}.weight_scale_inv" in stored else DENSE for name in layers}
         if method != "compressed-tensors":
-            raise UnsupportedModel(f'quantization by "{method}" is not supported; supported: {_INT8}; {_FP8}')
+            raise UnsupportedModel(f'quantization by "{method}" is not supported; supported: {_INTEGER}; {_FP8}')
         groups = list(config["config_groups"].values())
         if len(groups) != 1:
-            raise UnsupportedModel(f"quantization_config: {len(groups)} config_groups are not supported; supported: {_INT8}")
-        fmt, ignore = _int8_of(config, groups[0]), [str(item) for item in config.get("ignore") or ()]
+            raise UnsupportedModel(f"quantization_config: {len(groups)} config_groups are not supported; supported: {_INTEGER}")
+        fmt, ignore = _integer_of(config, groups[0]), [str(item) for item in config.get("ignore") or ()]
         return {name: DENSE if any(_names(item, name) for item in ignore) else fmt for name in layers}
     except (KeyError, TypeError, AttributeError, re.error) as error:
         raise BadCheckpoint(f"quantization_config can't be read: {error!r}") from None
@@ -100,29 +108,43 @@ def _fp8_of(config: Table) -> Fp8Block:
     return Fp8Block((sizes[0], sizes[1]), power_of_two=config.get("scale_fmt") == "ue8m0")
 
 
-def _int8_of(config: Table, group: Table) -> Int8:
-    weights = group["weights"]
+def _integer_of(config: Table, group: Table) -> Integer:
+    weights, packing = group["weights"], group.get("format") or config["format"]
     wanted: Wanted = (
-        ("format", group.get("format") or config["format"], ("pack-quantized",)),
+        ("format", packing, ("pack-quantized", "int-quantized")),
         ("quantization_status", config.get("quantization_status", "compressed"), ("compressed",)),
         ("kv_cache_scheme", config.get("kv_cache_scheme"), (None, {})),
         ("sparsity_config", config.get("sparsity_config"), (None, {})),
         ("transform_config", config.get("transform_config"), (None, {})),
         ("targets", group["targets"], (["Linear"],)),
-        ("input_activations", group.get("input_activations"), (None,)),
         ("output_activations", group.get("output_activations"), (None,)),
-        ("num_bits", weights["num_bits"], (8,)),
+        ("num_bits", weights["num_bits"], (8, 4) if packing == "pack-quantized" else (8,)),
         ("type", weights["type"], ("int",)),
-        ("symmetric", weights["symmetric"], (True,)),
+        ("symmetric", weights["symmetric"], (True, False) if weights["num_bits"] == 4 else (True,)),
         ("strategy", weights["strategy"], ("channel", "group")),
         ("actorder", weights.get("actorder"), (None, False, "weight", "static")),
     )
-    _refuse_others(wanted, _INT8)
-    if weights["strategy"] == "channel":
-        return Int8()
-    if not isinstance(weights["group_size"], int) or weights["group_size"] < 1:
-        raise BadCheckpoint(f"quantization_config: group_size {weights['group_size']!r} is not a number of inputs")
-    return Int8(weights["group_size"])
+    _refuse_others(wanted, _INTEGER)
+    activations = _activations_of(group.get("input_activations"))
+    size = weights["group_size"] if weights["strategy"] == "group" else None
+    if weights["strategy"] == "group" and (type(size) is not int or size < 1):
+        raise BadCheckpoint(f"quantization_config: group_size {size!r} is not a number of inputs")
+    return Integer(weights["num_bits"], size, weights["symmetric"], activations, packing)
+
+
+def _activations_of(scheme: Table | None) -> Literal["int8"] | None:
+    """None where activations are untouched. What is left out means what it does in compressed-tensors."""
+    if scheme is None:
+        return None
+    wanted: Wanted = (
+        ("input_activations: num_bits", scheme.get("num_bits", 8), (8,)),
+        ("input_activations: type", scheme.get("type", "int"), ("int",)),
+        ("input_activations: symmetric", scheme.get("symmetric", True), (True,)),
+        ("input_activations: dynamic", scheme.get("dynamic", False), (True,)),
+        ("input_activations: strategy", scheme.get("strategy"), ("token",)),
+    )
+    _refuse_others(wanted, _INTEGER)
+    return "int8"
 
 
 def _names(item: str, layer: str) -> bool:

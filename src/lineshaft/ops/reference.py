@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lineshaft.ops.integers import integers, rounded
 from lineshaft.ops.packing import Shape, unpack
 from lineshaft.ops.reach import Reach, Span, Window
 
@@ -23,26 +24,40 @@ QUERIES = 192
 Fewer waste fewer keys on those that only one of them sees; from 192 on PyTorch's kernel works in larger blocks.
 """
 
+EXACT_INPUTS = 1024
+"""Products of whole numbers up to 127 and 128 that float32 adds up exactly in any order: 1024 * 127 * 128 < 2^24."""
+
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """x W^T + b. Result [T, O] in the dtype of x."""
     return F.linear(x_TI, weight_OI, bias_O)
 
 
-def linear_int8(x_TI: Tensor, packed_OJ: Tensor, scale_OG: Tensor, bias_O: Tensor | None) -> Tensor:
-    """x W^T + b for INT8 weights with one scale a group of inputs (G = 1: one a channel).
+def linear_int(x_TI: Tensor, codes: Tensor, scale_OG: Tensor, zero_XG: Tensor | None, bits: int, bias_O: Tensor | None) -> Tensor:
+    """x W^T + b for integer weights with one scale a group of inputs (G = 1: one a channel); activations are not rounded.
 
-    packed_OJ: int32 [O, I/4], four weights a word, lowest byte first, each stored as value + 128 (the `pack-quantized`
-    layout of compressed-tensors). Result [T, O] in the dtype of x.
+    codes, scale_OG, zero_XG, bits: the weight as stored, see `integers.integers`. Result [T, O] in the dtype of x.
     """
-    return F.linear(x_TI, unpack_int8(packed_OJ, scale_OG, x_TI.dtype), bias_O)
+    return F.linear(x_TI, integers(codes, scale_OG, zero_XG, bits).decode(x_TI.dtype), bias_O)
 
 
-def unpack_int8(packed_OJ: Tensor, scale_OG: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights that `linear_int8` multiplies by: [O, I] in `dtype`."""
-    signed_OI = packed_OJ.view(torch.uint8).to(torch.float32) - 128
-    scaled_OGI = signed_OI.view(*scale_OG.shape, -1) * scale_OG.to(torch.float32)[:, :, None]
-    return scaled_OGI.flatten(1).to(dtype)
+def linear_int_a8(x_TI: Tensor, codes: Tensor, scale_OG: Tensor, zero_XG: Tensor | None, bits: int, bias_O: Tensor | None) -> Tensor:
+    """`linear_int` with activations rounded to 8 bits, one scale a token (`integers.rounded`).
+
+    scale_T * sum over groups of scale_OG * (sum of q * (code - zero) over the group) + b: inner sums are exact, the rest is
+    in float64, group after group, and is rounded to the dtype of x at the end. So a row's bits don't depend on its company.
+    """
+    weight, (q_TI, scale_T1) = integers(codes, scale_OG, zero_XG, bits), rounded(x_TI)
+    total_TO = torch.zeros(len(q_TI), len(scale_OG), dtype=torch.float64, device=x_TI.device)
+    width = q_TI.shape[1] // scale_OG.shape[1]
+    for start in range(0, q_TI.shape[1], width):
+        scale_O, zero_O1 = weight.scale_OG[:, start // width].double(), weight.zero_OG[:, start // width, None]
+        for part in range(start, start + width, EXACT_INPUTS):
+            inputs = slice(part, min(part + EXACT_INPUTS, start + width))
+            dot_TO = F.linear(q_TI[:, inputs], weight.codes_OI[:, inputs].float().sub_(zero_O1))
+            total_TO += dot_TO.double().mul_(scale_O)
+    total_TO *= scale_T1
+    return (total_TO if bias_O is None else total_TO.add_(bias_O)).to(x_TI.dtype)
 
 
 def linear_fp8(x_TI: Tensor, weight_OI: Tensor, scale_BC: Tensor, block: tuple[int, int], bias_O: Tensor | None) -> Tensor:
@@ -167,20 +182,19 @@ def paged_chosen_mla(q_THC: Tensor, q_rope_THR: Tensor, pages: Tensor, table: Te
     return attention(torch.cat([q_THC, q_rope_THR], -1), entries_UE, entries_UE, seen_TU, scale)[..., : q_THC.shape[-1]]
 
 
-def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, rounded: bool) -> Tensor:
+def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, whole: bool) -> Tensor:
     """x W^T + b for a weight laid out as ops/packing.py has it. Result [T, O] in the dtype of x.
 
-    `rounded`: activations are rounded to 8 bits first, one scale a token, max|x| / 127.
+    `whole`: activations are rounded to 8 bits first (`integers.rounded`).
     """
-    weight_OI, x = unpack(packed, shape).float(), x_TI.float()
-    if rounded:
-        limit_T1 = x.abs().amax(-1, keepdim=True)
-        scale_T1 = torch.where(limit_T1 > 0, limit_T1 / 127, 1.0)
-        x = (x / scale_T1).round().clamp(-127, 127) * scale_T1
-    return F.linear(x, weight_OI, None if bias_O is None else bias_O.float()).to(x_TI.dtype)
+    q_TI, scale_T1 = rounded(x_TI) if whole else (x_TI.float(), torch.ones(1, 1))
+    product_TO = F.linear(q_TI, unpack(packed, shape).float()) * scale_T1
+    return (product_TO if bias_O is None else product_TO + bias_O.float()).to(x_TI.dtype)
 
 
-def paged_attention(q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, chunks_C4: Tensor, tables: Tensor, scale: float, reach: Reach) -> Tensor:
+def paged_attention(
+    q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, chunks_C4: Tensor, tables: Tensor, scale: float, reach: Reach
+) -> Tensor:
     """Attention of C chunks of neighbouring tokens, each of one request, over its paged keys and values. Result [T, H, V].
 
     pages_k, pages_v: [P, B, K, D] and [P, B, K, V]; latent attention has K = 1 and values within its keys. chunks_C4: int64,

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineshaft.ops import reference
+from lineshaft.ops.integers import integers
 
 ROWS = 4
 """Rows come in multiples of this: the height of the smallest block that the libraries multiply in."""
@@ -35,9 +36,9 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return F.linear(_enough(x_TI, weight_OI.numel()), weight_OI, bias_O)[: len(x_TI)]
 
 
-def linear_int8(x_TI: Tensor, packed_OJ: Tensor, scale_OG: Tensor, bias_O: Tensor | None) -> Tensor:
-    """See `reference.linear_int8`."""
-    return linear(x_TI, reference.unpack_int8(packed_OJ, scale_OG, x_TI.dtype), bias_O)
+def linear_int(x_TI: Tensor, codes: Tensor, scale_OG: Tensor, zero_XG: Tensor | None, bits: int, bias_O: Tensor | None) -> Tensor:
+    """See `reference.linear_int`. Of `linear_int_a8` the reference is steady by itself: its sums are exact or go in order."""
+    return linear(x_TI, integers(codes, scale_OG, zero_XG, bits).decode(x_TI.dtype), bias_O)
 
 
 def linear_fp8(x_TI: Tensor, weight_OI: Tensor, scale_BC: Tensor, block: tuple[int, int], bias_O: Tensor | None) -> Tensor:

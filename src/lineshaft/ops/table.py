@@ -22,7 +22,8 @@ Kernel = Callable[..., Tensor]
 
 REFERENCE: Mapping[str, Kernel] = {
     "linear": reference.linear,
-    "linear_int8": reference.linear_int8,
+    "linear_int": reference.linear_int,
+    "linear_int_a8": reference.linear_int_a8,
     "linear_fp8": reference.linear_fp8,
     "rms_norm": reference.rms_norm,
     "rope": reference.rope,
@@ -53,7 +54,7 @@ CPU: Mapping[str, Kernel] = {
 
 STEADY: Mapping[str, Kernel] = {
     "linear": steady_kernels.linear,
-    "linear_int8": steady_kernels.linear_int8,
+    "linear_int": steady_kernels.linear_int,
     "linear_fp8": steady_kernels.linear_fp8,
     "silu_mul": steady_kernels.silu_mul,
     "sigmoid": steady_kernels.sigmoid,
@@ -108,9 +109,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return kernel("linear", x)(x, weight, bias)
 
 
-def linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """See `reference.linear_int8`."""
-    return kernel("linear_int8", x)(x, packed, scale, bias)
+def linear_int(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, bias: Tensor | None) -> Tensor:
+    """See `reference.linear_int`."""
+    return kernel("linear_int", x)(x, codes, scale, zero, bits, bias)
+
+
+def linear_int_a8(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, bias: Tensor | None) -> Tensor:
+    """See `reference.linear_int_a8`."""
+    return kernel("linear_int_a8", x)(x, codes, scale, zero, bits, bias)
 
 
 def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, block: tuple[int, int], bias: Tensor | None) -> Tensor:
@@ -188,9 +194,9 @@ def tile_mla(q: Tensor, pages: Tensor, slots: Tensor, seen: Tensor, scale: float
     return kernel("tile_mla", q)(q, pages, slots, seen, scale, latent)
 
 
-def packed_linear(x: Tensor, packed: Tensor, shape: Shape, bias: Tensor | None, rounded: bool) -> Tensor:
+def packed_linear(x: Tensor, packed: Tensor, shape: Shape, bias: Tensor | None, whole: bool) -> Tensor:
     """See `reference.packed_linear`."""
-    return kernel("packed_linear", x)(x, packed, shape, bias, rounded)
+    return kernel("packed_linear", x)(x, packed, shape, bias, whole)
 
 
 def paged_attention(q: Tensor, pages_k: Tensor, pages_v: Tensor, chunks: Tensor, tables: Tensor, scale: float, reach: Reach) -> Tensor:
