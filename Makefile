@@ -6,9 +6,10 @@ BIN := .venv/bin
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml $(wildcard native/CMakeLists.txt native/src/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/lineshaft kernels
 	@touch $@
 
 .venv/.installed-test: .venv/.installed
@@ -30,4 +31,4 @@ lint: .venv/.installed-test
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv .lineshaft build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .lineshaft build dist native/build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -60,6 +60,7 @@ void choose(const std::string& name) {
 
 void linear(int kind, int64_t inputs, int64_t outputs, int64_t scale_inputs, bool zeros, uintptr_t weight, uintptr_t bias, bool whole, int activation,
             uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t tokens) {
+    if (tokens == 0) return;
     const Linear l{shape_of(kind, inputs, outputs, scale_inputs, zeros), at<const uint8_t>(weight), at<const float>(bias), whole,
                    Activation(activation), at<const void>(x), x_stride, at<void>(out), out_stride, tokens};
     void* memory = scratch.of(size_t(tokens) * size_t(inputs + l.shape.scales() + 1) * 4);

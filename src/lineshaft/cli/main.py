@@ -17,6 +17,8 @@ from lineshaft.cli import batching, benching, checking, serving, showing
 from lineshaft.cli.ending import run_app
 from lineshaft.cli.options import DEFAULT_STORE, JsonOption, SetOption, StoreOption
 from lineshaft.cli.stages import add_stage_commands
+from lineshaft.ops.isa import describe, library
+from lineshaft.ops.table import chosen, steady
 from lineshaft.pipeline.recipe import Recipe, Sourced, read_recipe
 from lineshaft.pipeline.run import run as run_recipe
 from lineshaft.pipeline.run import write_report
@@ -72,6 +74,21 @@ def _explain(sourced: Sourced, as_json: bool) -> None:
         return
     for path, value, origin in rows:
         print(f"{path} = {json.dumps(value, ensure_ascii=False)}    # {origin}")
+
+
+@app.command()
+def kernels(as_json: JsonOption = False) -> None:
+    """Tell which kernels serve here: the instruction set in use, and where each op's kernel comes from."""
+    with steady():
+        origins = chosen("cpu")
+    found = library()
+    if as_json:
+        table = {"chosen": found.chosen(), "runnable": found.names(), "threads": found.threads()} if found else None
+        print(json.dumps({"native": table, "ops": origins}))
+        return
+    print(describe())
+    for origin in sorted(set(origins.values())):
+        print(f"{origin}: {', '.join(op for op, where in origins.items() if where == origin)}")
 
 
 @app.command()

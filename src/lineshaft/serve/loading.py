@@ -10,6 +10,7 @@ from lineshaft.engine.loop import Engine
 from lineshaft.engine.preflight import check_room
 from lineshaft.engine.warm import told, warm_up
 from lineshaft.model.cost import cost_of
+from lineshaft.ops.isa import describe
 from lineshaft.ops.table import chosen, steady
 from lineshaft.serve.frames import Ready
 
@@ -28,7 +29,7 @@ def loaded(folder: Path, config: EngineConfig) -> tuple[Engine, Ready]:
         kernels = ", ".join(f"{op} {origin}" for op, origin in chosen("cpu").items())
     weights = sum(tensor.nbytes for tensor in engine.model.state_dict().values())
     cost, cache = cost_of(engine.model.config), engine.runner.cache
-    lines = [f"kernels: {kernels}", told(same), f"loaded in {loaded_at - began:.1f} s, warm {time.monotonic() - loaded_at:.1f} s later"]
+    lines = [describe(), f"kernels: {kernels}", told(same), f"loaded in {loaded_at - began:.1f} s, warm {time.monotonic() - loaded_at:.1f} s later"]
     ready = Ready(
         context_tokens=engine.context_tokens,
         weight_bytes=weights,
