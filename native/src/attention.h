@@ -199,7 +199,7 @@ inline void attend(const Attention& a, const Item& item, Bench& bench) {
 }
 
 /// Heads and queries of an item, so that threads have enough of them to share.
-inline void attention(const Attention& a, int, int threads) {
+inline void attention(const Attention& a, int thread, int threads) {
     static thread_local Bench bench;
     const int64_t shared = a.heads / a.kv_heads;
     int64_t heads = std::min<int64_t>(shared, kMostRows);
@@ -212,16 +212,14 @@ inline void attention(const Attention& a, int, int threads) {
     while (heads > 1 && items_with(heads) < threads) heads = (heads + 1) / 2;
     const int64_t queries = std::max<int64_t>(1, kMostRows / heads), parts = (shared + heads - 1) / heads;
     int64_t number = 0;
-    int64_t mine = team::next();
     for (int64_t c = 0; c < a.chunk_count; c++)
-        // the last queries of a text see most, so they go first
-        for (int64_t q = (a.chunks[c].count - 1) / queries * queries; q >= 0; q -= queries)
+        // in turns: neighbours see about equally much
+        for (int64_t q = 0; q < a.chunks[c].count; q += queries)
             for (int64_t k = 0; k < a.kv_heads; k++)
-                for (int64_t part = 0; part < parts; part++, number++) {
-                    if (number != mine) continue;
+                for (int64_t part = 0; part < parts; part++) {
+                    if (number++ % threads != thread) continue;
                     const int64_t first_head = part * heads;
                     attend(a, {&a.chunks[c], k, first_head, std::min(heads, shared - first_head), q, std::min(queries, a.chunks[c].count - q)}, bench);
-                    mine = team::next();
                 }
 }
 

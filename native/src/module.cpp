@@ -3,13 +3,15 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstdlib>
+#include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
 #include "pack.h"
+#include "step.h"
 #include "team.h"
 
 namespace nb = nanobind;
@@ -17,30 +19,11 @@ namespace nb = nanobind;
 namespace {
 
 const Kernels* chosen = nullptr;
-int threads = 1;
-
-/// Packed activations of the present call. Grown when needed and kept: a steady engine allocates nothing here.
-class Scratch {
-  public:
-    ~Scratch() { std::free(memory_); }
-    void* of(size_t bytes) {
-        if (bytes <= size_) return memory_;
-        std::free(memory_);
-        size_ = 0;
-        const size_t wanted = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-        memory_ = std::aligned_alloc(4096, wanted);
-        if (!memory_) throw std::bad_alloc();
-        size_ = wanted;
-        return memory_;
-    }
-
-  private:
-    void* memory_ = nullptr;
-    size_t size_ = 0;
-} scratch;
 
 template <class T>
 T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+constexpr int64_t kFew = 8192;  // numbers that one thread has done before another has heard of them
 
 Shape shape_of(int kind, int64_t inputs, int64_t outputs, int64_t scale_inputs, bool zeros) {
     return {Weight(kind), inputs, outputs, scale_inputs, zeros};
@@ -60,50 +43,92 @@ void choose(const std::string& name) {
 
 void linear(int kind, int64_t inputs, int64_t outputs, int64_t scale_inputs, bool zeros, uintptr_t weight, uintptr_t bias, bool whole, int activation,
             uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t tokens) {
-    if (tokens == 0) return;
     const Linear l{shape_of(kind, inputs, outputs, scale_inputs, zeros), at<const uint8_t>(weight), at<const float>(bias), whole,
                    Activation(activation), at<const void>(x), x_stride, at<void>(out), out_stride, tokens};
-    void* memory = scratch.of(size_t(tokens) * size_t(inputs + l.shape.scales() + 1) * 4);
-    team::each(threads, [&](int thread, int count) { chosen->linear(l, memory, thread, count); });
+    step::reserve(size_t(tokens) * size_t(inputs + l.shape.scales() + 1) * 4);
+    step::perform(tokens, true, [l](int64_t now, int thread, int threads) {
+        Linear own = l;
+        own.tokens = now;
+        chosen->linear(own, step::scratch(), thread, threads);
+    });
 }
 
 void norm(int activation, uintptr_t x, int64_t x_stride, int weight_kind, uintptr_t weight, float eps, uintptr_t out, int64_t out_stride, int64_t tokens,
-          int64_t width) {
-    const Norm n{Activation(activation), at<const void>(x), x_stride, Activation(weight_kind), at<const void>(weight), eps, at<void>(out), out_stride, tokens, width};
-    team::each(tokens > 8 ? threads : 1, [&](int thread, int count) { chosen->norm(n, thread, count); });
+          int64_t a_token, int64_t width) {
+    const Norm n{Activation(activation), at<const void>(x), x_stride, Activation(weight_kind), at<const void>(weight), eps, at<void>(out), out_stride,
+                 0, width};
+    step::perform(tokens, tokens * width > kFew, [n, a_token](int64_t now, int thread, int threads) {
+        Norm own = n;
+        own.tokens = now * a_token;
+        chosen->norm(own, thread, threads);
+    });
 }
 
 void rope(int activation, uintptr_t x, int64_t x_stride, int64_t head_stride, uintptr_t cos, uintptr_t sin, bool interleaved, uintptr_t out, int64_t tokens,
           int64_t heads, int64_t width) {
     const Rope r{Activation(activation), at<const void>(x), x_stride, head_stride, at<const float>(cos), at<const float>(sin), interleaved,
                  at<void>(out), tokens, heads, width};
-    team::each(tokens > 4 ? threads : 1, [&](int thread, int count) { chosen->rope(r, thread, count); });
-}
-
-constexpr int64_t kFew = 8192;  // numbers that one thread has done before another has heard of them
-
-void silu_mul(int activation, uintptr_t gate, uintptr_t up, uintptr_t out, int64_t count) {
-    team::each(count > kFew ? threads : 1, [&](int thread, int all) {
-        chosen->silu_mul(Activation(activation), at<const void>(gate), at<const void>(up), at<void>(out), count, thread, all);
+    step::perform(tokens, tokens * heads * width > kFew, [r](int64_t now, int thread, int threads) {
+        Rope own = r;
+        own.tokens = now;
+        chosen->rope(own, thread, threads);
     });
 }
 
-void add(int activation, uintptr_t a, uintptr_t b, uintptr_t out, int64_t count) {
-    team::each(count > kFew ? threads : 1, [&](int thread, int all) {
-        chosen->add(Activation(activation), at<const void>(a), at<const void>(b), at<void>(out), count, thread, all);
+void silu_mul(int activation, uintptr_t gate, uintptr_t up, uintptr_t out, int64_t tokens, int64_t width) {
+    step::perform(tokens, tokens * width > kFew, [=](int64_t now, int thread, int threads) {
+        chosen->silu_mul(Activation(activation), at<const void>(gate), at<const void>(up), at<void>(out), now * width, thread, threads);
     });
 }
 
+void add(int activation, uintptr_t a, uintptr_t b, uintptr_t out, int64_t tokens, int64_t width) {
+    step::perform(tokens, tokens * width > kFew, [=](int64_t now, int thread, int threads) {
+        chosen->add(Activation(activation), at<const void>(a), at<const void>(b), at<void>(out), now * width, thread, threads);
+    });
+}
+
+/// out[t] = table[rows[t]], rows of `bytes` bytes.
+void take_rows(uintptr_t table, int64_t bytes, uintptr_t rows, uintptr_t out, int64_t tokens) {
+    step::perform(tokens, false, [=](int64_t now, int thread, int threads) {
+        const auto own = team::share(now, thread, threads);
+        for (int64_t t = own.first; t < own.last; t++)
+            std::memcpy(at<char>(out) + t * bytes, at<const char>(table) + at<const int64_t>(rows)[t] * bytes, size_t(bytes));
+    });
+}
+
+/// table[rows[t]] = x[t], `stride` bytes from token to token.
+void put_rows(uintptr_t x, int64_t stride, int64_t bytes, uintptr_t rows, uintptr_t table, int64_t tokens) {
+    step::perform(tokens, false, [=](int64_t now, int thread, int threads) {
+        const auto own = team::share(now, thread, threads);
+        for (int64_t t = own.first; t < own.last; t++)
+            std::memcpy(at<char>(table) + at<const int64_t>(rows)[t] * bytes, at<const char>(x) + t * stride, size_t(bytes));
+    });
+}
+
+void angles(uintptr_t positions, uintptr_t speeds, int64_t speed_stride, int64_t count, float length, uintptr_t cos, uintptr_t sin, int64_t tokens) {
+    step::perform(tokens, false, [=](int64_t now, int thread, int threads) {
+        const auto own = team::share(now, thread, threads);
+        for (int64_t t = own.first; t < own.last; t++)
+            for (int64_t r = 0; r < count; r++) {
+                const float angle = float(at<const int64_t>(positions)[t]) * at<const float>(speeds)[t * speed_stride + r];
+                at<float>(cos)[t * count + r] = std::cos(angle) * length;
+                at<float>(sin)[t * count + r] = std::sin(angle) * length;
+            }
+    });
+}
 
 void attention(int activation, uintptr_t q, int64_t q_stride, uintptr_t keys, int64_t key_stride, int64_t key_head_stride, uintptr_t values,
-               int64_t value_stride, int64_t value_head_stride, int64_t page_tokens, uintptr_t chunks, int64_t chunk_count, uintptr_t tables, int reach,
+               int64_t value_stride, int64_t value_head_stride, int64_t page_tokens, uintptr_t chunks, uintptr_t chunk_count, uintptr_t tables, int reach,
                int64_t reach_a, int64_t reach_b, int64_t reach_c, float scale, int64_t heads, int64_t kv_heads, int64_t key_width, int64_t value_width,
-               uintptr_t out) {
+               uintptr_t out, int64_t tokens) {
     const Attention a{Activation(activation), at<const void>(q), q_stride, at<const void>(keys), at<const void>(values), key_stride, value_stride,
-                      key_head_stride, value_head_stride, page_tokens, at<const Chunk>(chunks), chunk_count, at<const int32_t>(tables),
+                      key_head_stride, value_head_stride, page_tokens, at<const Chunk>(chunks), 0, at<const int32_t>(tables),
                       {reach, reach_a, reach_b, reach_c}, scale, heads, kv_heads, key_width, value_width, at<void>(out)};
-    team::reset();
-    team::each(threads, [&](int thread, int count) { chosen->attention(a, thread, count); });
+    step::perform(tokens, true, [a, chunk_count](int64_t, int thread, int threads) {
+        Attention own = a;
+        own.chunk_count = *at<const int64_t>(chunk_count);
+        chosen->attention(own, thread, threads);
+    });
 }
 
 }  // namespace
@@ -115,19 +140,25 @@ NB_MODULE(_native, m) {
     m.def("choose", &choose);
     m.def("chosen", [] { return std::string(chosen ? chosen->name : ""); });
     m.def("share_threads", [](uintptr_t parallel, uintptr_t number, uintptr_t count) { team::use(parallel, number, count); });
-    m.def("set_threads", [](int count) { threads = team::shared() ? count : 1; });
-    m.def("threads", [] { return threads; });
+    m.def("set_threads", &step::set_threads);
+    m.def("threads", &step::threads);
+    nb::class_<step::Step>(m, "Step").def("run", &step::Step::run, free_gil).def("__len__", &step::Step::size);
+    m.def("begin_step", &step::begin);
+    m.def("end_step", &step::end);
     m.def("packed_bytes", [](int kind, int64_t i, int64_t o, int64_t s, bool z) { return shape_of(kind, i, o, s, z).bytes(); });
     m.def("pack_dense", [](int kind, int64_t i, int64_t o, uintptr_t w, int64_t stride, uintptr_t out) {
-        pack_dense(shape_of(kind, i, o, 0, false), at<const void>(w), stride, at<uint8_t>(out), threads);
+        pack_dense(shape_of(kind, i, o, 0, false), at<const void>(w), stride, at<uint8_t>(out), step::threads());
     }, free_gil);
     m.def("pack_coded", [](int kind, int64_t i, int64_t o, int64_t s, bool z, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t out) {
-        pack_coded(shape_of(kind, i, o, s, z), at<const uint8_t>(codes), at<const float>(scale), at<const uint8_t>(zero), at<uint8_t>(out), threads);
+        pack_coded(shape_of(kind, i, o, s, z), at<const uint8_t>(codes), at<const float>(scale), at<const uint8_t>(zero), at<uint8_t>(out), step::threads());
     }, free_gil);
     m.def("linear", &linear, free_gil);
     m.def("norm", &norm, free_gil);
     m.def("rope", &rope, free_gil);
     m.def("silu_mul", &silu_mul, free_gil);
     m.def("add", &add, free_gil);
+    m.def("take_rows", &take_rows, free_gil);
+    m.def("put_rows", &put_rows, free_gil);
+    m.def("angles", &angles, free_gil);
     m.def("attention", &attention, free_gil);
 }

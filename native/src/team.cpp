@@ -22,7 +22,6 @@ Number number = nullptr, count = nullptr;
 // One region runs at a time: calls come from one thread, the engine's.
 alignas(64) std::atomic<int> arrived{0};
 alignas(64) std::atomic<unsigned> round_{0};
-alignas(64) std::atomic<int64_t> ticket{0};
 
 struct Call {
     void (*work)(void*, int, int);
@@ -65,8 +64,5 @@ void barrier(int threads) {
         else sched_yield();
     }
 }
-
-int64_t next() { return ticket.fetch_add(1, std::memory_order_relaxed); }
-void reset() { ticket.store(0, std::memory_order_relaxed); }
 
 }  // namespace team

@@ -20,10 +20,6 @@ void each(int threads, Fn&& fn) {
 /// Waits until every thread of the region is here. Only inside `each`.
 void barrier(int threads);
 
-/// A number that no other thread gets, from 0 on; `reset` by one thread before a barrier.
-int64_t next();
-void reset();
-
 struct Range { int64_t first, last; };
 /// The share of a thread of `count` things.
 inline Range share(int64_t count, int thread, int threads) { return {count * thread / threads, count * (thread + 1) / threads}; }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lineshaft.model.config import GroupedQueryAttention, ModelConfig
 from lineshaft.model.cost import kv_width
+from lineshaft.ops import table as ops
 from lineshaft.sched.groups import LayerGroup, layer_groups
 
 
@@ -35,7 +36,7 @@ class PagedCache:
     def write(self, layer: int, slots_T: Tensor, *entries: Tensor) -> None:
         """Put each token's entry into its slot (page * B + place in the page)."""
         for part, entry in zip(self.parts[layer], entries, strict=True):
-            part.flatten(0, 1)[slots_T] = entry.to(self.dtype)
+            ops.write_pages(part, slots_T, entry.to(self.dtype))
 
     def copy(self, group: int, source: int, target: int) -> None:
         """Copy a page in all layers of a group."""

@@ -48,7 +48,7 @@ class Engine:
         self._more_cache = "; a larger cache_bytes would allow more" if pool.context_tokens < context_of(model.config, config) else ""
         cache = PagedCache(model.config, pool.pages, config.page_tokens, dtype)
         self.scheduler = Scheduler(config.scheduler, cache.groups, [PagePool(pages) for pages in pool.pages], config.page_tokens)
-        self.runner = Runner(model, cache, config.batch_invariant)
+        self.runner = Runner(model, cache, config.batch_invariant, config.scheduler.step_tokens)
         self.sampler, self.readings = Sampler(), Readings()
         self._numbers = count(1)
         self._last = Load()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lineshaft.engine.attend import PagedAttend
 from lineshaft.engine.cache import PagedCache
-from lineshaft.engine.native_attend import NativeAttend, can_attend
+from lineshaft.engine.native_attend import can_attend
+from lineshaft.engine.native_step import NativeStep
 from lineshaft.engine.tiles import TiledAttend
 from lineshaft.model.decoder import Decoder
 from lineshaft.ops import table as ops
@@ -20,22 +21,25 @@ from lineshaft.sched.plan import Plan
 class Runner:
     """Model and cache; no memory of requests. `steady`: each request's numbers are the same bits in any company."""
 
-    def __init__(self, model: Decoder, cache: PagedCache, steady: bool = True) -> None:
+    def __init__(self, model: Decoder, cache: PagedCache, steady: bool = True, step_tokens: int = 64) -> None:
         self.model, self.cache, self.steady = model, cache, steady
-        self._native = steady and can_attend(model.config)
+        self.native: NativeStep | None = None
+        if steady and can_attend(model.config):
+            with torch.inference_mode(), ops.steady():
+                self.native = NativeStep(model, cache, step_tokens)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Tensor:
         """Final hidden states [T, hidden] of the plan's tokens; their keys are in the cache afterwards."""
         for group, source, target in plan.copies:
             self.cache.copy(group, source, target)
+        if self.native is not None:
+            with ops.steady():
+                return self.native.run(plan)
         tokens = [token for chunk in plan.chunks for token in chunk.request.tokens[chunk.first : chunk.last]]
         positions = [position for chunk in plan.chunks for position in range(chunk.first, chunk.last)]
         if not self.steady:
             return self.model.hidden(torch.tensor(tokens), torch.tensor(positions), PagedAttend(self.cache, plan))
-        if self._native:
-            with ops.steady():
-                return self.model.hidden(torch.tensor(tokens), torch.tensor(positions), NativeAttend(self.cache, plan))
         extra = [0] * (-len(tokens) % ROWS)  # rows that belong to nobody
         with ops.steady():
             attend = TiledAttend(self.cache, plan)

@@ -44,7 +44,7 @@ class Trunk(nn.Module):
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Token ids [T] to hidden states [T, hidden]."""
         rotate = rotation(self.config, positions_T)
-        x_TI: Tensor = self.embed_tokens(tokens_T)
+        x_TI = ops.embed(tokens_T, self.embed_tokens.weight)
         for layer in self.layers[: self.config.num_hidden_layers]:
             x_TI = layer(x_TI, rotate, attend)
         return self.norm(x_TI)

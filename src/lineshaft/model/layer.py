@@ -14,6 +14,7 @@ from lineshaft.model.mla import MlaBlock
 from lineshaft.model.moe import ExpertBlock
 from lineshaft.model.norm import RmsNorm
 from lineshaft.model.rope import Rotation
+from lineshaft.ops import table as ops
 
 
 class Layer(nn.Module):
@@ -36,5 +37,5 @@ class Layer(nn.Module):
 
     def forward(self, x_TI: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
         """[T, hidden] to [T, hidden]."""
-        x_TI = x_TI + self.self_attn(self.index, self.input_layernorm(x_TI), rotate, attend)
-        return x_TI + self.mlp(self.post_attention_layernorm(x_TI))
+        x_TI = ops.add(x_TI, self.self_attn(self.index, self.input_layernorm(x_TI), rotate, attend))
+        return ops.add(x_TI, self.mlp(self.post_attention_layernorm(x_TI)))

@@ -52,6 +52,8 @@ class Linear(nn.Module):
         """Lay the weight out for the native kernels, where they can take it; such a layer can't be saved."""
         if (found := packed_of(self.format, self.tensors())) is not None:
             self.hold(found[0], {"packed": found[1]})
+            if self.bias is not None:
+                self.bias = nn.Parameter(self.bias.float(), requires_grad=False)  # as the kernels add it
 
     def reserve(self, fmt: Format) -> None:
         """Make room for a weight in this format, to be loaded from a checkpoint."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from lineshaft.model.config import ModelConfig
-from lineshaft.model.positions import Dynamic, Linear, Llama3, Yarn
+from lineshaft.model.positions import Dynamic, Linear, Llama3, RopeScaling, Yarn
 from lineshaft.ops import table as ops
 
 
@@ -33,22 +34,27 @@ def rotation(config: ModelConfig, positions_T: Tensor) -> Rotation:
     """Cosine and sine of position * speed, in float32 [T, rotary_dim / 2], for int64 positions [T] of packed texts."""
     scaling = config.rope_scaling
     speed = _dynamic_speeds(config, scaling, positions_T) if isinstance(scaling, Dynamic) else speeds(config, positions_T.device)
-    angles_TR = positions_T.float()[:, None] * speed
-    length = scaling.length if isinstance(scaling, Yarn) else 1.0
-    return Rotation(angles_TR.cos() * length, angles_TR.sin() * length)
+    cos_TR, sin_TR = ops.angles(positions_T, speed, scaling.length if isinstance(scaling, Yarn) else 1.0)
+    return Rotation(cos_TR, sin_TR)
 
 
 def speeds(config: ModelConfig, device: torch.device) -> Tensor:
-    """Radians a position for each rotated pair, float32 [rotary_dim / 2]."""
-    turns_R = config.rope_theta ** _steps(config.rotary_dim, device)
-    match config.rope_scaling:
-        case Linear(factor=factor):
-            return 1.0 / turns_R / factor
-        case Llama3() as scaling:
-            return _llama3_speeds(1.0 / turns_R, scaling)
-        case Yarn() as scaling:
-            return _yarn_speeds(turns_R, config.rope_theta, scaling)
-    return 1.0 / turns_R
+    """Radians a position for each rotated pair, float32 [rotary_dim / 2]. Worked out once: do not write into it."""
+    return _speeds(config.rope_theta, config.rotary_dim, config.rope_scaling, device)
+
+
+@lru_cache(maxsize=16)
+def _speeds(theta: float, width: int, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it may be made while serving and used while training
+        turns_R = theta ** _steps(width, device)
+        match scaling:
+            case Linear(factor=factor):
+                return 1.0 / turns_R / factor
+            case Llama3():
+                return _llama3_speeds(1.0 / turns_R, scaling)
+            case Yarn():
+                return _yarn_speeds(turns_R, theta, scaling)
+        return 1.0 / turns_R
 
 
 def _steps(width: int, device: torch.device) -> Tensor:

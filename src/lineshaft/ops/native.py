@@ -13,6 +13,7 @@ from torch import Tensor
 from lineshaft.ops.isa import library
 from lineshaft.ops.packing import Shape
 from lineshaft.ops.reach import Blocks, Reach, Window
+from lineshaft.ops.recording import result
 
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1}
 WIDEST = 1024
@@ -24,12 +25,13 @@ def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | N
     kind, x_TI = _float_of(x_TI), _rows_of(x_TI)
     if x_TI.dim() != 2 or x_TI.shape[1] != shape.inputs or (not shape.scale_inputs and str(x_TI.dtype) != f"torch.{shape.kind}"):
         raise ValueError(f"packed_linear: x is {list(x_TI.shape)} {x_TI.dtype}, the weight {shape}")
-    out_TO = torch.empty(len(x_TI), shape.outputs, dtype=x_TI.dtype)
-    bias = None if bias_O is None else bias_O.float().contiguous()
+    out_TO = result((len(x_TI), shape.outputs), x_TI.dtype)
+    if bias_O is not None and (bias_O.dtype != torch.float32 or not bias_O.is_contiguous()):
+        raise ValueError(f"packed_linear: the bias is {bias_O.dtype}: it must be float32")
     _library().linear(
         *shape.native,
         packed.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        0 if bias_O is None else bias_O.data_ptr(),
         whole,
         kind,
         x_TI.data_ptr(),
@@ -44,16 +46,17 @@ def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | N
 def rms_norm(x: Tensor, weight_I: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`."""
     kind, rows_TI, weight_I = _float_of(x), _rows_of(x.flatten(0, -2)), weight_I.contiguous()
-    (tokens, width), out = rows_TI.shape, torch.empty(x.shape, dtype=x.dtype)
-    weight = _float_of(weight_I), weight_I.data_ptr()
-    _library().norm(kind, rows_TI.data_ptr(), rows_TI.stride(0), *weight, eps, out.data_ptr(), width, tokens, width)
+    (rows, width), out = rows_TI.shape, result(x.shape, x.dtype)
+    weight, tokens = (_float_of(weight_I), weight_I.data_ptr()), len(x)
+    per_token = rows // tokens if tokens else 1
+    _library().norm(kind, rows_TI.data_ptr(), rows_TI.stride(0), *weight, eps, out.data_ptr(), width, tokens, per_token, width)
     return out
 
 
 def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
     """See `reference.rope`."""
     kind, x_THD, cos_TR, sin_TR = _float_of(x_THD), _rows_of(x_THD), cos_TR.contiguous(), sin_TR.contiguous()
-    out = torch.empty(x_THD.shape, dtype=x_THD.dtype)
+    out = result(x_THD.shape, x_THD.dtype)
     _library().rope(
         kind, x_THD.data_ptr(), *x_THD.stride()[:2], cos_TR.data_ptr(), sin_TR.data_ptr(), interleaved, out.data_ptr(), *x_THD.shape
     )
@@ -63,13 +66,60 @@ def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Te
 def silu_mul(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     """See `reference.silu_mul`."""
     gate_TI, up_TI = gate_TI.contiguous(), up_TI.contiguous()
-    out = torch.empty(gate_TI.shape, dtype=gate_TI.dtype)
-    _library().silu_mul(_float_of(gate_TI), gate_TI.data_ptr(), up_TI.data_ptr(), out.data_ptr(), out.numel())
+    out = result(gate_TI.shape, gate_TI.dtype)
+    _library().silu_mul(_float_of(gate_TI), gate_TI.data_ptr(), up_TI.data_ptr(), out.data_ptr(), *_tokens_and_width(out))
     return out
 
 
+def add(x_TI: Tensor, y_TI: Tensor) -> Tensor:
+    """See `reference.add`."""
+    x_TI, y_TI = x_TI.contiguous(), y_TI.contiguous()
+    if x_TI.shape != y_TI.shape or x_TI.dtype != y_TI.dtype:
+        raise ValueError(f"add: {list(x_TI.shape)} {x_TI.dtype} and {list(y_TI.shape)} {y_TI.dtype}")
+    out = result(x_TI.shape, x_TI.dtype)
+    _library().add(_float_of(x_TI), x_TI.data_ptr(), y_TI.data_ptr(), out.data_ptr(), *_tokens_and_width(out))
+    return out
+
+
+def embed(tokens_T: Tensor, weight_VI: Tensor) -> Tensor:
+    """See `reference.embed`."""
+    _float_of(weight_VI)
+    weight_VI = weight_VI.contiguous()
+    out_TI = result((len(tokens_T), weight_VI.shape[1]), weight_VI.dtype)
+    _library().take_rows(
+        weight_VI.data_ptr(), weight_VI.stride(0) * weight_VI.itemsize, tokens_T.data_ptr(), out_TI.data_ptr(), len(tokens_T)
+    )
+    return out_TI
+
+
+def angles(positions_T: Tensor, speed_R: Tensor, length: float) -> Tensor:
+    """See `reference.angles`."""
+    out_2TR = result((2, len(positions_T), speed_R.shape[-1]), torch.float32)
+    cos, sin = out_2TR.data_ptr(), out_2TR.data_ptr() + out_2TR.stride(0) * out_2TR.itemsize
+    stride, count = (0 if speed_R.dim() == 1 else speed_R.stride(0)), speed_R.shape[-1]
+    _library().angles(positions_T.data_ptr(), speed_R.data_ptr(), stride, count, length, cos, sin, len(positions_T))
+    return out_2TR
+
+
+def write_pages(pages: Tensor, slots_T: Tensor, entry: Tensor) -> Tensor:
+    """See `reference.write_pages`."""
+    entry, flat = entry.flatten(1), pages.flatten(0, 1).flatten(1)
+    if entry.dtype != pages.dtype or entry.shape[1] != flat.shape[1] or slots_T.dtype != torch.int64:
+        raise ValueError(f"write_pages: {list(entry.shape)} {entry.dtype} into pages of {list(pages.shape)} {pages.dtype}")
+    size, width = entry.itemsize, entry.shape[1]
+    _library().put_rows(entry.data_ptr(), entry.stride(0) * size, width * size, slots_T.data_ptr(), flat.data_ptr(), len(entry))
+    return pages
+
+
 def paged_attention(
-    q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, chunks_C4: Tensor, tables: Tensor, scale: float, reach: Reach
+    q_THD: Tensor,
+    pages_k: Tensor,
+    pages_v: Tensor,
+    chunks_C4: Tensor,
+    tables: Tensor,
+    scale: float,
+    reach: Reach,
+    count_1: Tensor | None = None,
 ) -> Tensor:
     """See `reference.paged_attention`."""
     kind, q_THD, chunks_C4 = _float_of(q_THD), q_THD.contiguous(), chunks_C4.contiguous()
@@ -79,7 +129,8 @@ def paged_attention(
     kv_heads, values = pages_v.shape[-2:]
     if width % 2 or max(width, values) > WIDEST:
         raise ValueError(f"paged_attention: heads of {width} and {values} channels: at most {WIDEST}, and an even number for keys")
-    out_THV = torch.empty(len(q_THD), heads, values, dtype=q_THD.dtype)
+    count_1 = torch.tensor([len(chunks_C4)]) if count_1 is None else count_1
+    out_THV = result((len(q_THD), heads, values), q_THD.dtype)
     _library().attention(
         kind,
         q_THD.data_ptr(),
@@ -92,7 +143,7 @@ def paged_attention(
         pages_v.stride(2),
         pages_k.shape[1],
         chunks_C4.data_ptr(),
-        len(chunks_C4),
+        count_1.data_ptr(),
         tables.data_ptr(),
         *_numbers(reach),
         scale,
@@ -101,8 +152,13 @@ def paged_attention(
         width,
         values,
         out_THV.data_ptr(),
+        len(q_THD),
     )
     return out_THV
+
+
+def _tokens_and_width(x: Tensor) -> tuple[int, int]:
+    return len(x), x[0].numel() if len(x) else 0
 
 
 def _numbers(reach: Reach) -> tuple[int, int, int, int]:

@@ -103,6 +103,22 @@ def silu_mul(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     return F.silu(gate_TI) * up_TI
 
 
+def add(x_TI: Tensor, y_TI: Tensor) -> Tensor:
+    """x + y."""
+    return x_TI + y_TI
+
+
+def embed(tokens_T: Tensor, weight_VI: Tensor) -> Tensor:
+    """The rows of the embedding for these tokens: [T, I]."""
+    return F.embedding(tokens_T, weight_VI)
+
+
+def angles(positions_T: Tensor, speed_R: Tensor, length: float) -> Tensor:
+    """Cosines and sines of position * speed, times `length`: float32 [2, T, R]. speed: [R], or [T, R] of each token."""
+    angle_TR = positions_T.float()[:, None] * speed_R
+    return torch.stack((angle_TR.cos() * length, angle_TR.sin() * length))
+
+
 def sigmoid(x_TI: Tensor) -> Tensor:
     """1 / (1 + exp(-x))."""
     return x_TI.sigmoid()
@@ -192,17 +208,30 @@ def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | N
     return (product_TO if bias_O is None else product_TO + bias_O.float()).to(x_TI.dtype)
 
 
+def write_pages(pages: Tensor, slots_T: Tensor, entry: Tensor) -> Tensor:
+    """Put each token's entry [T, ...] into its slot (page * B + place) of pages [P, B, ...], in place; the pages."""
+    pages.flatten(0, 1)[slots_T] = entry
+    return pages
+
+
 def paged_attention(
-    q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, chunks_C4: Tensor, tables: Tensor, scale: float, reach: Reach
+    q_THD: Tensor,
+    pages_k: Tensor,
+    pages_v: Tensor,
+    chunks_C4: Tensor,
+    tables: Tensor,
+    scale: float,
+    reach: Reach,
+    count_1: Tensor | None = None,
 ) -> Tensor:
     """Attention of C chunks of neighbouring tokens, each of one request, over its paged keys and values. Result [T, H, V].
 
     pages_k, pages_v: [P, B, K, D] and [P, B, K, V]; latent attention has K = 1 and values within its keys. chunks_C4: int64,
     first row, position of the first token, tokens, where its page numbers begin in `tables` (int32; negative: given back).
-    The keys of the T tokens are in the pages already.
+    The keys of the T tokens are in the pages already. count_1: int64 [1], how many of the chunks there are (None: all).
     """
     outs = []
-    for row, first, count, start in chunks_C4.tolist():
+    for row, first, count, start in chunks_C4[: None if count_1 is None else int(count_1)].tolist():
         table = tables[start : start - (-(first + count) // pages_k.shape[1])].long().clamp(min=0)
         spans = reach.spans(first, first + count)
         positions_S = positions_of(spans, table)

@@ -28,6 +28,9 @@ REFERENCE: Mapping[str, Kernel] = {
     "rms_norm": reference.rms_norm,
     "rope": reference.rope,
     "silu_mul": reference.silu_mul,
+    "add": reference.add,
+    "embed": reference.embed,
+    "angles": reference.angles,
     "sigmoid": reference.sigmoid,
     "rows_gqa": reference.rows_gqa,
     "attention": reference.attention,
@@ -40,6 +43,7 @@ REFERENCE: Mapping[str, Kernel] = {
     "tile_gqa": reference.tile_gqa,
     "tile_mla": reference.tile_mla,
     "packed_linear": reference.packed_linear,
+    "write_pages": reference.write_pages,
     "paged_attention": reference.paged_attention,
 }
 """Right on every device."""
@@ -69,6 +73,10 @@ NATIVE: Mapping[str, Kernel] = {
     "rms_norm": native.rms_norm,
     "rope": native.rope,
     "silu_mul": native.silu_mul,
+    "add": native.add,
+    "embed": native.embed,
+    "angles": native.angles,
+    "write_pages": native.write_pages,
     "paged_attention": native.paged_attention,
 }
 """Of the library in native/, laid over STEADY where it is built: as steady, and fast. They keep no gradients."""
@@ -139,6 +147,21 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return kernel("silu_mul", gate)(gate, up)
 
 
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """See `reference.add`."""
+    return kernel("add", x)(x, y)
+
+
+def embed(tokens: Tensor, weight: Tensor) -> Tensor:
+    """See `reference.embed`."""
+    return kernel("embed", weight)(tokens, weight)
+
+
+def angles(positions: Tensor, speed: Tensor, length: float) -> Tensor:
+    """See `reference.angles`."""
+    return kernel("angles", positions)(positions, speed, length)
+
+
 def sigmoid(x: Tensor) -> Tensor:
     """See `reference.sigmoid`."""
     return kernel("sigmoid", x)(x)
@@ -199,6 +222,13 @@ def packed_linear(x: Tensor, packed: Tensor, shape: Shape, bias: Tensor | None, 
     return kernel("packed_linear", x)(x, packed, shape, bias, whole)
 
 
-def paged_attention(q: Tensor, pages_k: Tensor, pages_v: Tensor, chunks: Tensor, tables: Tensor, scale: float, reach: Reach) -> Tensor:
+def write_pages(pages: Tensor, slots: Tensor, entry: Tensor) -> Tensor:
+    """See `reference.write_pages`."""
+    return kernel("write_pages", pages)(pages, slots, entry)
+
+
+def paged_attention(
+    q: Tensor, pages_k: Tensor, pages_v: Tensor, chunks: Tensor, tables: Tensor, scale: float, reach: Reach, count: Tensor | None = None
+) -> Tensor:
     """See `reference.paged_attention`."""
-    return kernel("paged_attention", q)(q, pages_k, pages_v, chunks, tables, scale, reach)
+    return kernel("paged_attention", q)(q, pages_k, pages_v, chunks, tables, scale, reach, count)

@@ -29,7 +29,9 @@ def loaded(folder: Path, config: EngineConfig) -> tuple[Engine, Ready]:
         kernels = ", ".join(f"{op} {origin}" for op, origin in chosen("cpu").items())
     weights = sum(tensor.nbytes for tensor in engine.model.state_dict().values())
     cost, cache = cost_of(engine.model.config), engine.runner.cache
-    lines = [describe(), f"kernels: {kernels}", told(same), f"loaded in {loaded_at - began:.1f} s, warm {time.monotonic() - loaded_at:.1f} s later"]
+    timing = f"loaded in {loaded_at - began:.1f} s, warm {time.monotonic() - loaded_at:.1f} s later"
+    step = engine.runner.native
+    lines = [describe(), *([step.told()] if step else []), f"kernels: {kernels}", told(same), timing]
     ready = Ready(
         context_tokens=engine.context_tokens,
         weight_bytes=weights,

@@ -1,0 +1,51 @@
+"""A step by native kernels: the model's ops recorded once, then replayed for every plan."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lineshaft.engine.buffers import StepBuffers
+from lineshaft.engine.cache import PagedCache
+from lineshaft.engine.native_attend import NativeAttend
+from lineshaft.model.decoder import Decoder
+from lineshaft.model.rope import speeds
+from lineshaft.ops.recording import Recorded, Unrecordable
+from lineshaft.sched.plan import Plan
+
+
+class NativeStep:
+    """Runs plans. Where an operation of PyTorch stands between the kernels, op by op; `obstacle` names it then."""
+
+    def __init__(self, model: Decoder, cache: PagedCache, step_tokens: int) -> None:
+        self.model, self.cache = model, cache
+        self._buffers = StepBuffers(len(cache.groups), cache.page_tokens, step_tokens)
+        self.obstacle: str | None = None
+        self._recorded = self._record()
+
+    def run(self, plan: Plan) -> Tensor:
+        """Hidden states [T, hidden] of the plan's tokens, good until the next run."""
+        if self._buffers.fill(plan) and self._recorded is not None:
+            self._recorded = self._record()
+        if self._recorded is None:
+            return self._hidden(plan.tokens)
+        self._recorded.run(plan.tokens)
+        return self._recorded.output[: plan.tokens]
+
+    def _hidden(self, tokens: int) -> Tensor:
+        buffers = self._buffers
+        return self.model.hidden(buffers.tokens_T[:tokens], buffers.positions_T[:tokens], NativeAttend(self.cache, buffers, tokens))
+
+    def _record(self) -> Recorded | None:
+        speeds(self.model.config, torch.device("cpu"))  # worked out once, by PyTorch
+        try:
+            return Recorded(lambda: self._hidden(self._buffers.capacity))
+        except Unrecordable as found:
+            self.obstacle = str(found)
+            return None
+
+    def told(self) -> str:
+        """For people."""
+        if self._recorded is None:
+            return f"steps run op by op: {self.obstacle} is PyTorch's"
+        return f"steps are recorded: {len(self._recorded)} native calls, {self._recorded.arena.size >> 20} MiB of buffers"
