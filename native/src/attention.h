@@ -199,26 +199,26 @@ inline void attend(const Attention& a, const Item& item, Bench& bench) {
 }
 
 /// Heads and queries of an item, so that threads have enough of them to share.
-inline void attention(const Attention& a, int thread, int threads) {
+inline void attention(const Attention& a, int part, int parts) {
     static thread_local Bench bench;
     const int64_t shared = a.heads / a.kv_heads;
     int64_t heads = std::min<int64_t>(shared, kMostRows);
     const auto items_with = [&](int64_t at_once) {
-        const int64_t queries = std::max<int64_t>(1, kMostRows / at_once), parts = (shared + at_once - 1) / at_once;
+        const int64_t queries = std::max<int64_t>(1, kMostRows / at_once), pieces = (shared + at_once - 1) / at_once;
         int64_t items = 0;
-        for (int64_t c = 0; c < a.chunk_count; c++) items += (a.chunks[c].count + queries - 1) / queries * parts * a.kv_heads;
+        for (int64_t c = 0; c < a.chunk_count; c++) items += (a.chunks[c].count + queries - 1) / queries * pieces * a.kv_heads;
         return items;
     };
-    while (heads > 1 && items_with(heads) < threads) heads = (heads + 1) / 2;
-    const int64_t queries = std::max<int64_t>(1, kMostRows / heads), parts = (shared + heads - 1) / heads;
+    while (heads > 1 && items_with(heads) < a.threads) heads = (heads + 1) / 2;
+    const int64_t queries = std::max<int64_t>(1, kMostRows / heads), pieces = (shared + heads - 1) / heads;
     int64_t number = 0;
     for (int64_t c = 0; c < a.chunk_count; c++)
         // in turns: neighbours see about equally much
         for (int64_t q = 0; q < a.chunks[c].count; q += queries)
             for (int64_t k = 0; k < a.kv_heads; k++)
-                for (int64_t part = 0; part < parts; part++) {
-                    if (number++ % threads != thread) continue;
-                    const int64_t first_head = part * heads;
+                for (int64_t piece = 0; piece < pieces; piece++) {
+                    if (number++ % parts != part) continue;
+                    const int64_t first_head = piece * heads;
                     attend(a, {&a.chunks[c], k, first_head, std::min(heads, shared - first_head), q, std::min(queries, a.chunks[c].count - q)}, bench);
                 }
 }

@@ -64,17 +64,20 @@ struct Attention {
     Reach reach;
     float scale;
     int64_t heads, kv_heads, key_width, value_width;
+    int threads;                // heads are divided until there is work for so many
     void* out;                  // [tokens, heads, value_width], dense
 };
 
 struct Kernels {
     const char* name;
-    void (*linear)(const Linear&, void* scratch, int thread, int threads);  // scratch: tokens * (inputs + scales + 1) words
-    void (*norm)(const Norm&, int thread, int threads);
-    void (*rope)(const Rope&, int thread, int threads);
-    void (*silu_mul)(Activation, const void* gate, const void* up, void* out, int64_t count, int thread, int threads);
-    void (*add)(Activation, const void* a, const void* b, void* out, int64_t count, int thread, int threads);
-    void (*attention)(const Attention&, int thread, int threads);
+    // Activations into tiles, then the product. scratch: tokens * (inputs + scales + 1) words.
+    void (*pack)(const Linear&, void* scratch, int part, int parts);
+    void (*linear)(const Linear&, void* scratch, int part, int parts);
+    void (*norm)(const Norm&, int part, int parts);
+    void (*rope)(const Rope&, int part, int parts);
+    void (*silu_mul)(Activation, const void* gate, const void* up, void* out, int64_t count, int part, int parts);
+    void (*add)(Activation, const void* a, const void* b, void* out, int64_t count, int part, int parts);
+    void (*attention)(const Attention&, int part, int parts);
 };
 
 extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Bf16;

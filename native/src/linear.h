@@ -155,22 +155,26 @@ inline void put(const Linear& l, int64_t first, int64_t count, int64_t group, co
     }
 }
 
-inline void linear(const Linear& l, void* scratch, int thread, int threads) {
-    Layout s = layout_of(l, scratch);
-    const bool as_it_is = l.tokens == 1 && !l.shape.scale_inputs;  // one token's dense row is packed already
-    if (!as_it_is) {
-        const auto own = team::share(s.tiles(l.tokens), thread, threads);
-        for (int64_t tile = own.first; tile < own.last; tile++) pack_tile(l, s, tile);
-        team::barrier(threads);
-    }
-    const auto own = team::share(l.shape.groups(), thread, threads);
+/// Is there nothing to pack? One token's dense row is packed already.
+inline bool as_it_is(const Linear& l) { return l.tokens == 1 && !l.shape.scale_inputs; }
+
+inline void pack(const Linear& l, void* scratch, int part, int parts) {
+    if (as_it_is(l)) return;
+    const Layout s = layout_of(l, scratch);
+    const auto own = team::share(s.tiles(l.tokens), part, parts);
+    for (int64_t tile = own.first; tile < own.last; tile++) pack_tile(l, s, tile);
+}
+
+inline void linear(const Linear& l, void* scratch, int part, int parts) {
+    const Layout s = layout_of(l, scratch);
+    const auto own = team::share(l.shape.groups(), part, parts);
     alignas(64) float numbers[Lanes::kMaxRows * kGroup];
     for (int64_t group = own.first; group < own.last; group++) {
         const uint8_t* weight = l.weight + group * l.shape.group_bytes();
         for (int64_t tile = 0; tile < s.tiles(l.tokens); tile++) {
             const int64_t first = tile * s.tile, count = std::min(s.tile, l.tokens - first);
             const Sums sums{l.whole ? s.scale + first : nullptr, s.whole + first * s.scales, s.real + first * s.scales};
-            const uint32_t* packed = as_it_is ? static_cast<const uint32_t*>(l.x) : s.packed + first * s.words;
+            const uint32_t* packed = as_it_is(l) ? static_cast<const uint32_t*>(l.x) : s.packed + first * s.words;
             tile_of(l, int(count))(l.shape, packed, weight, 0, sums, numbers);
             put(l, first, count, group, numbers);
         }

@@ -23,8 +23,6 @@ const Kernels* chosen = nullptr;
 template <class T>
 T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
-constexpr int64_t kFew = 8192;  // numbers that one thread has done before another has heard of them
-
 Shape shape_of(int kind, int64_t inputs, int64_t outputs, int64_t scale_inputs, bool zeros) {
     return {Weight(kind), inputs, outputs, scale_inputs, zeros};
 }
@@ -46,10 +44,15 @@ void linear(int kind, int64_t inputs, int64_t outputs, int64_t scale_inputs, boo
     const Linear l{shape_of(kind, inputs, outputs, scale_inputs, zeros), at<const uint8_t>(weight), at<const float>(bias), whole,
                    Activation(activation), at<const void>(x), x_stride, at<void>(out), out_stride, tokens};
     step::reserve(size_t(tokens) * size_t(inputs + l.shape.scales() + 1) * 4);
-    step::perform(tokens, true, [l](int64_t now, int thread, int threads) {
+    step::perform(tokens, inputs, [l](int64_t now, int part, int parts) {
         Linear own = l;
         own.tokens = now;
-        chosen->linear(own, step::scratch(), thread, threads);
+        chosen->pack(own, step::scratch(), part, parts);
+    });
+    step::perform(tokens, inputs * outputs, [l](int64_t now, int part, int parts) {
+        Linear own = l;
+        own.tokens = now;
+        chosen->linear(own, step::scratch(), part, parts);
     });
 }
 
@@ -57,10 +60,10 @@ void norm(int activation, uintptr_t x, int64_t x_stride, int weight_kind, uintpt
           int64_t a_token, int64_t width) {
     const Norm n{Activation(activation), at<const void>(x), x_stride, Activation(weight_kind), at<const void>(weight), eps, at<void>(out), out_stride,
                  0, width};
-    step::perform(tokens, tokens * width > kFew, [n, a_token](int64_t now, int thread, int threads) {
+    step::perform(tokens, a_token * width, [n, a_token](int64_t now, int part, int parts) {
         Norm own = n;
         own.tokens = now * a_token;
-        chosen->norm(own, thread, threads);
+        chosen->norm(own, part, parts);
     });
 }
 
@@ -68,29 +71,29 @@ void rope(int activation, uintptr_t x, int64_t x_stride, int64_t head_stride, ui
           int64_t heads, int64_t width) {
     const Rope r{Activation(activation), at<const void>(x), x_stride, head_stride, at<const float>(cos), at<const float>(sin), interleaved,
                  at<void>(out), tokens, heads, width};
-    step::perform(tokens, tokens * heads * width > kFew, [r](int64_t now, int thread, int threads) {
+    step::perform(tokens, heads * width, [r](int64_t now, int part, int parts) {
         Rope own = r;
         own.tokens = now;
-        chosen->rope(own, thread, threads);
+        chosen->rope(own, part, parts);
     });
 }
 
 void silu_mul(int activation, uintptr_t gate, uintptr_t up, uintptr_t out, int64_t tokens, int64_t width) {
-    step::perform(tokens, tokens * width > kFew, [=](int64_t now, int thread, int threads) {
-        chosen->silu_mul(Activation(activation), at<const void>(gate), at<const void>(up), at<void>(out), now * width, thread, threads);
+    step::perform(tokens, width, [=](int64_t now, int part, int parts) {
+        chosen->silu_mul(Activation(activation), at<const void>(gate), at<const void>(up), at<void>(out), now * width, part, parts);
     });
 }
 
 void add(int activation, uintptr_t a, uintptr_t b, uintptr_t out, int64_t tokens, int64_t width) {
-    step::perform(tokens, tokens * width > kFew, [=](int64_t now, int thread, int threads) {
-        chosen->add(Activation(activation), at<const void>(a), at<const void>(b), at<void>(out), now * width, thread, threads);
+    step::perform(tokens, width, [=](int64_t now, int part, int parts) {
+        chosen->add(Activation(activation), at<const void>(a), at<const void>(b), at<void>(out), now * width, part, parts);
     });
 }
 
 /// out[t] = table[rows[t]], rows of `bytes` bytes.
 void take_rows(uintptr_t table, int64_t bytes, uintptr_t rows, uintptr_t out, int64_t tokens) {
-    step::perform(tokens, false, [=](int64_t now, int thread, int threads) {
-        const auto own = team::share(now, thread, threads);
+    step::perform(tokens, bytes, [=](int64_t now, int part, int parts) {
+        const auto own = team::share(now, part, parts);
         for (int64_t t = own.first; t < own.last; t++)
             std::memcpy(at<char>(out) + t * bytes, at<const char>(table) + at<const int64_t>(rows)[t] * bytes, size_t(bytes));
     });
@@ -98,16 +101,16 @@ void take_rows(uintptr_t table, int64_t bytes, uintptr_t rows, uintptr_t out, in
 
 /// table[rows[t]] = x[t], `stride` bytes from token to token.
 void put_rows(uintptr_t x, int64_t stride, int64_t bytes, uintptr_t rows, uintptr_t table, int64_t tokens) {
-    step::perform(tokens, false, [=](int64_t now, int thread, int threads) {
-        const auto own = team::share(now, thread, threads);
+    step::perform(tokens, bytes, [=](int64_t now, int part, int parts) {
+        const auto own = team::share(now, part, parts);
         for (int64_t t = own.first; t < own.last; t++)
             std::memcpy(at<char>(table) + at<const int64_t>(rows)[t] * bytes, at<const char>(x) + t * stride, size_t(bytes));
     });
 }
 
 void angles(uintptr_t positions, uintptr_t speeds, int64_t speed_stride, int64_t count, float length, uintptr_t cos, uintptr_t sin, int64_t tokens) {
-    step::perform(tokens, false, [=](int64_t now, int thread, int threads) {
-        const auto own = team::share(now, thread, threads);
+    step::perform(tokens, 16 * count, [=](int64_t now, int part, int parts) {
+        const auto own = team::share(now, part, parts);
         for (int64_t t = own.first; t < own.last; t++)
             for (int64_t r = 0; r < count; r++) {
                 const float angle = float(at<const int64_t>(positions)[t]) * at<const float>(speeds)[t * speed_stride + r];
@@ -123,11 +126,11 @@ void attention(int activation, uintptr_t q, int64_t q_stride, uintptr_t keys, in
                uintptr_t out, int64_t tokens) {
     const Attention a{Activation(activation), at<const void>(q), q_stride, at<const void>(keys), at<const void>(values), key_stride, value_stride,
                       key_head_stride, value_head_stride, page_tokens, at<const Chunk>(chunks), 0, at<const int32_t>(tables),
-                      {reach, reach_a, reach_b, reach_c}, scale, heads, kv_heads, key_width, value_width, at<void>(out)};
-    step::perform(tokens, true, [a, chunk_count](int64_t, int thread, int threads) {
+                      {reach, reach_a, reach_b, reach_c}, scale, heads, kv_heads, key_width, value_width, step::threads(), at<void>(out)};
+    step::perform(tokens, 1 << 20, [a, chunk_count](int64_t, int part, int parts) {
         Attention own = a;
         own.chunk_count = *at<const int64_t>(chunk_count);
-        chosen->attention(own, thread, threads);
+        chosen->attention(own, part, parts);
     });
 }
 

@@ -21,8 +21,8 @@ inline Lanes::F exponential(Lanes::F whole) {
     return Lanes::where_at_least(whole, -87.0f, Lanes::scale2(p, Lanes::min(n, Lanes::set1(127.0f))));
 }
 
-inline void norm(const Norm& n, int thread, int threads) {
-    const auto own = team::share(n.tokens, thread, threads);
+inline void norm(const Norm& n, int part, int parts) {
+    const auto own = team::share(n.tokens, part, parts);
     for (int64_t t = own.first; t < own.last; t++) {
         const void* x = row_of(n.activation, n.x, t * n.x_stride);
         void* out = const_cast<void*>(row_of(n.activation, n.out, t * n.out_stride));
@@ -40,9 +40,9 @@ inline void norm(const Norm& n, int thread, int threads) {
     }
 }
 
-inline void rope(const Rope& r, int thread, int threads) {
+inline void rope(const Rope& r, int part, int parts) {
     const int64_t half = r.width / 2;
-    const auto own = team::share(r.tokens, thread, threads);
+    const auto own = team::share(r.tokens, part, parts);
     for (int64_t t = own.first; t < own.last; t++)
         for (int64_t h = 0; h < r.heads; h++) {
             const void* x = row_of(r.activation, r.x, t * r.x_stride + h * r.head_stride);
@@ -67,8 +67,8 @@ inline void rope(const Rope& r, int thread, int threads) {
 }
 
 /// Every thread an equal number of whole vectors.
-inline team::Range vectors(int64_t count, int thread, int threads) {
-    const auto own = team::share((count + 15) / 16, thread, threads);
+inline team::Range vectors(int64_t count, int part, int parts) {
+    const auto own = team::share((count + 15) / 16, part, parts);
     return {own.first * 16, std::min(own.last * 16, count)};
 }
 
@@ -77,16 +77,16 @@ inline Lanes::F silu(Lanes::F x) {
     return Lanes::div(x, Lanes::add(one, exponential(Lanes::sub(Lanes::set1(0.0f), x))));
 }
 
-inline void silu_mul(Activation kind, const void* gate, const void* up, void* out, int64_t count, int thread, int threads) {
-    const auto own = vectors(count, thread, threads);
+inline void silu_mul(Activation kind, const void* gate, const void* up, void* out, int64_t count, int part, int parts) {
+    const auto own = vectors(count, part, parts);
     for (int64_t i = own.first; i < own.last; i += 16) {
         const auto value = rounded(kind, silu(read_some(kind, gate, i, own.last - i)));
         write_some(kind, out, i, own.last - i, Lanes::mul(value, read_some(kind, up, i, own.last - i)));
     }
 }
 
-inline void add(Activation kind, const void* a, const void* b, void* out, int64_t count, int thread, int threads) {
-    const auto own = vectors(count, thread, threads);
+inline void add(Activation kind, const void* a, const void* b, void* out, int64_t count, int part, int parts) {
+    const auto own = vectors(count, part, parts);
     for (int64_t i = own.first; i < own.last; i += 16)
         write_some(kind, out, i, own.last - i, Lanes::add(read_some(kind, a, i, own.last - i), read_some(kind, b, i, own.last - i)));
 }

@@ -11,8 +11,18 @@
 
 namespace step {
 
-using Call = std::function<void(int64_t tokens, int thread, int threads)>;
+/// Does one of `parts` equal parts of the work on so many tokens.
+using Work = std::function<void(int64_t tokens, int part, int parts)>;
 
+struct Call {
+    Work work;
+    int64_t size;  // numbers a token: few in all are not worth sharing
+
+    int parts(int64_t tokens) const;
+};
+
+/// Threads take the parts of a call as they come, and go on when all are done: one that the system holds up between parts
+/// holds up nobody.
 class Step {
   public:
     void run(int64_t tokens) const;
@@ -33,7 +43,7 @@ Step end();
 void reserve(size_t bytes);
 void* scratch();
 
-/// Run a call now, on all threads when it is `wide`, or note it in the step that is being recorded.
-void perform(int64_t tokens, bool wide, Call call);
+/// Run a call now, or note it in the step that is being recorded.
+void perform(int64_t tokens, int64_t size, Work work);
 
 }  // namespace step

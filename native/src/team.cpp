@@ -2,8 +2,6 @@
 
 #include <sched.h>
 
-#include <atomic>
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define PAUSE() _mm_pause()
@@ -19,16 +17,12 @@ using Number = int (*)();
 Parallel parallel = nullptr;
 Number number = nullptr, count = nullptr;
 
-// One region runs at a time: calls come from one thread, the engine's.
-alignas(64) std::atomic<int> arrived{0};
-alignas(64) std::atomic<unsigned> round_{0};
-
 struct Call {
     void (*work)(void*, int, int);
     void* data;
 };
 
-constexpr int kSpins = 4000;  // then the core is offered to others: a barrier must not starve the thread it waits for
+constexpr int kSpins = 4000;  // then the core is offered to others: who waits must not starve the thread it waits for
 
 }  // namespace
 
@@ -51,15 +45,8 @@ void run(int threads, void (*work)(void*, int, int), void* data) {
         &call, unsigned(threads), 0);
 }
 
-void barrier(int threads) {
-    if (threads == 1) return;
-    const unsigned mine = round_.load(std::memory_order_relaxed);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-        arrived.store(0, std::memory_order_relaxed);
-        round_.store(mine + 1, std::memory_order_release);
-        return;
-    }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == mine;) {
+void wait(const std::atomic<int>& reached, int wanted) {
+    for (int spins = 0; reached.load(std::memory_order_acquire) < wanted;) {
         if (++spins < kSpins) PAUSE();
         else sched_yield();
     }

@@ -1,5 +1,6 @@
 // Threads: those of torch's own OpenMP, so that no second pool spins beside it.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -17,8 +18,8 @@ void each(int threads, Fn&& fn) {
     run(threads, [](void* data, int thread, int count) { (*static_cast<std::remove_reference_t<Fn>*>(data))(thread, count); }, &fn);
 }
 
-/// Waits until every thread of the region is here. Only inside `each`.
-void barrier(int threads);
+/// Waits until `count` reaches `wanted`.
+void wait(const std::atomic<int>& count, int wanted);
 
 struct Range { int64_t first, last; };
 /// The share of a thread of `count` things.
