@@ -25,6 +25,7 @@ from lineshaft.model.fit import Verdict, told_bytes
 from lineshaft.model.folder import load_config
 from lineshaft.model.memory import ITEM, Stored, is_format, stored_in
 from lineshaft.model.operators import ops_used
+from lineshaft.ops.isa import library
 from lineshaft.ops.table import chosen, steady
 from lineshaft.pipeline.recipe import read_recipe
 from lineshaft.train.preflight import Training, judge_training
@@ -134,7 +135,7 @@ def _shown(config: ModelConfig, stored: Stored, task: Task, verdict: Verdict, co
         "int8, groups of 32": Stored("bfloat16", "int8-32"),
     }
     # What is compressed will be served: its kernels are those that count.
-    used = ops_used(config, "int8" if task == "quantise" else stored.format, "train" if task == "train" else "serve")
+    used = ops_used(config, "int8" if task == "quantise" else stored.format, "train" if task == "train" else "serve", library() is not None)
     with steady(task != "train"):  # as the engine runs them
         origins = chosen("cpu")
     kernels = {op: origins[op] for op in used}
