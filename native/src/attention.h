@@ -5,6 +5,7 @@
 // depend on which other rows, chunks or requests are worked on beside it.
 #pragma once
 #include <algorithm>
+#include <limits>
 
 #include "linear.h"
 #include "rows.h"
@@ -100,7 +101,7 @@ inline void gather_queries(const Attention& a, const Item& item, Bench& bench) {
             const int64_t row = start + m, head = item.kv_head * (a.heads / a.kv_heads) + item.first_head + row % item.heads;
             const int64_t token = item.chunk->row + item.first + row / item.heads;
             const auto* q = static_cast<const uint32_t*>(row_of(a.activation, a.q, token * a.q_stride + head * a.key_width));
-            for (int w = 0; w < words; w++) to[w * count + m] = q[w];
+            for (int w = 0; w < words; w++) to[w * count + m] = word_at(q + w);
         }
     }
 }
@@ -128,7 +129,7 @@ inline void gather_step(const Attention& a, const Item& item, int64_t start, Ben
         int w = 0;
         for (; w + 16 <= words; w += 16) Lanes::transpose(keys + j, w, bench.keys + w * kStep + j, kStep);
         for (; w < words; w++)
-            for (int i = 0; i < 16; i++) bench.keys[w * kStep + j + i] = keys[j + i][w];
+            for (int i = 0; i < 16; i++) bench.keys[w * kStep + j + i] = word_at(keys[j + i] + w);
     }
     for (int64_t v = 0; v < a.value_width; v += 16)
         for (int j = 0; j < kStep; j++)
@@ -182,7 +183,7 @@ inline void take_step(const Attention& a, const Item& item, int64_t start, Bench
 inline void attend(const Attention& a, const Item& item, Bench& bench) {
     std::fill_n(bench.out, kMostRows * ((a.value_width + kGroup - 1) / kGroup) * kGroup, 0.0f);
     std::fill_n(bench.sums, item.rows() * 16, 0.0f);
-    std::fill_n(bench.largest, item.rows(), -1e30f);  // finite: a row whose first steps are all hidden must not make NaN
+    std::fill_n(bench.largest, item.rows(), std::numeric_limits<float>::lowest());  // finite: a row whose first steps are all hidden must not make NaN
     gather_queries(a, item, bench);
     const int64_t first = item.position(0), last = item.position(item.rows() - 1);
     for (int64_t start = 0; start <= last; start += kStep)
