@@ -23,9 +23,9 @@ inline bool sees(const Reach& r, int64_t q, int64_t k) {
     return true;
 }
 
-/// May a query from `first` to `last` see a position from `start` to before `start` + kStep?
-inline bool touched(const Reach& r, int64_t first, int64_t last, int64_t start) {
-    const int64_t end = std::min(start + kStep, last + 1);
+/// May a query from `first` to `last` see a position from `start` to before `start` + `count`?
+inline bool touched(const Reach& r, int64_t first, int64_t last, int64_t start, int64_t count) {
+    const int64_t end = std::min(start + count, last + 1);
     if (start >= end) return false;
     if (r.kind == 1) return end > first - r.a + 1 || start < r.b;
     if (r.kind != 2) return true;
@@ -109,12 +109,12 @@ inline void gather_queries(const Attention& a, const Item& item, Bench& bench) {
 /// The entries of 64 positions from `start` on: keys transposed, values widened. What nobody of the item sees is zero.
 inline void gather_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
     alignas(64) static const uint32_t nothing[kMostKeyWidth] = {};
-    const int64_t last = item.position(item.rows() - 1);
+    const int64_t first = item.position(0), last = item.position(item.rows() - 1);
     const uint32_t* keys[kStep];
     const void* values[kStep];
     for (int j = 0; j < kStep; j++) {
         const int64_t position = start + j;
-        const int64_t page = position > last ? -1 : a.tables[item.chunk->table + position / a.page_tokens];
+        const int64_t page = !touched(a.reach, first, last, position, 1) ? -1 : a.tables[item.chunk->table + position / a.page_tokens];
         if (page < 0) {
             keys[j] = nothing;
             values[j] = nothing;
@@ -187,7 +187,7 @@ inline void attend(const Attention& a, const Item& item, Bench& bench) {
     gather_queries(a, item, bench);
     const int64_t first = item.position(0), last = item.position(item.rows() - 1);
     for (int64_t start = 0; start <= last; start += kStep)
-        if (touched(a.reach, first, last, start)) take_step(a, item, start, bench);
+        if (touched(a.reach, first, last, start, kStep)) take_step(a, item, start, bench);
     for (int64_t row = 0; row < item.rows(); row++) {
         const int64_t head = item.kv_head * (a.heads / a.kv_heads) + item.first_head + row % item.heads;
         const int64_t token = item.chunk->row + item.first + row / item.heads;

@@ -10,20 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lineshaft.ops import checks
 from lineshaft.ops.isa import library
 from lineshaft.ops.packing import Shape
 from lineshaft.ops.reach import Blocks, Reach, Window
 
-_FLOATS = {torch.float32: 0, torch.bfloat16: 1}
-WIDEST = 1024
-"""Channels of a head that the attention kernel has room for."""
-
 
 def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, whole: bool) -> Tensor:
     """See `reference.packed_linear`."""
-    kind, x_TI = _float_of(x_TI), _rows_of(x_TI)
-    if x_TI.dim() != 2 or x_TI.shape[1] != shape.inputs or (not shape.scale_inputs and str(x_TI.dtype) != f"torch.{shape.kind}"):
-        raise ValueError(f"packed_linear: x is {list(x_TI.shape)} {x_TI.dtype}, the weight {shape}")
+    kind, x_TI = checks.float_of(x_TI), _rows_of(x_TI)
+    checks.linear(x_TI, packed, shape, bias_O, _library().packed_bytes(*shape.native), whole)
     out_TO = torch.empty(len(x_TI), shape.outputs, dtype=x_TI.dtype)
     bias = None if bias_O is None else bias_O.float().contiguous()
     _library().linear(
@@ -43,16 +39,18 @@ def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | N
 
 def rms_norm(x: Tensor, weight_I: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`."""
-    kind, rows_TI, weight_I = _float_of(x), _rows_of(x.flatten(0, -2)), weight_I.contiguous()
+    checks.norm(x, weight_I)
+    kind, rows_TI, weight_I = checks.float_of(x), _rows_of(x.flatten(0, -2)), weight_I.contiguous()
     (tokens, width), out = rows_TI.shape, torch.empty(x.shape, dtype=x.dtype)
-    weight = _float_of(weight_I), weight_I.data_ptr()
+    weight = checks.float_of(weight_I), weight_I.data_ptr()
     _library().norm(kind, rows_TI.data_ptr(), rows_TI.stride(0), *weight, eps, out.data_ptr(), width, tokens, width)
     return out
 
 
 def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
     """See `reference.rope`."""
-    kind, x_THD, cos_TR, sin_TR = _float_of(x_THD), _rows_of(x_THD), cos_TR.contiguous(), sin_TR.contiguous()
+    checks.rope(x_THD, cos_TR, sin_TR)
+    kind, x_THD, cos_TR, sin_TR = checks.float_of(x_THD), _rows_of(x_THD), cos_TR.contiguous(), sin_TR.contiguous()
     out = torch.empty(x_THD.shape, dtype=x_THD.dtype)
     _library().rope(
         kind, x_THD.data_ptr(), *x_THD.stride()[:2], cos_TR.data_ptr(), sin_TR.data_ptr(), interleaved, out.data_ptr(), *x_THD.shape
@@ -62,9 +60,10 @@ def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Te
 
 def silu_mul(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     """See `reference.silu_mul`."""
+    checks.alike("silu_mul", gate_TI, up_TI)
     gate_TI, up_TI = gate_TI.contiguous(), up_TI.contiguous()
     out = torch.empty(gate_TI.shape, dtype=gate_TI.dtype)
-    _library().silu_mul(_float_of(gate_TI), gate_TI.data_ptr(), up_TI.data_ptr(), out.data_ptr(), out.numel())
+    _library().silu_mul(checks.float_of(gate_TI), gate_TI.data_ptr(), up_TI.data_ptr(), out.data_ptr(), out.numel())
     return out
 
 
@@ -72,13 +71,11 @@ def paged_attention(
     q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, chunks_C4: Tensor, tables: Tensor, scale: float, reach: Reach
 ) -> Tensor:
     """See `reference.paged_attention`."""
-    kind, q_THD, chunks_C4 = _float_of(q_THD), q_THD.contiguous(), chunks_C4.contiguous()
-    if pages_k.dtype != q_THD.dtype or tables.dtype != torch.int32 or chunks_C4.dtype != torch.int64:
-        raise ValueError(f"paged_attention: queries {q_THD.dtype}, pages {pages_k.dtype}, tables {tables.dtype}, chunks {chunks_C4.dtype}")
+    kind = checks.float_of(q_THD)
+    checks.attention(q_THD, pages_k, pages_v, chunks_C4, tables)
+    q_THD, chunks_C4, tables = q_THD.contiguous(), chunks_C4.contiguous(), tables.contiguous()
     heads, width = q_THD.shape[1:]
     kv_heads, values = pages_v.shape[-2:]
-    if width % 2 or max(width, values) > WIDEST:
-        raise ValueError(f"paged_attention: heads of {width} and {values} channels: at most {WIDEST}, and an even number for keys")
     out_THV = torch.empty(len(q_THD), heads, values, dtype=q_THD.dtype)
     _library().attention(
         kind,
@@ -118,12 +115,6 @@ def _library() -> Any:
     found = library()
     assert found is not None  # the table holds these kernels only where it is there
     return found
-
-
-def _float_of(x: Tensor) -> int:
-    if x.dtype not in _FLOATS:
-        raise ValueError(f"native kernels work on float32 and bfloat16, not on {x.dtype}")
-    return _FLOATS[x.dtype]
 
 
 def _rows_of(x: Tensor) -> Tensor:
