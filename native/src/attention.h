@@ -5,6 +5,7 @@
 // depend on which other rows, chunks or requests are worked on beside it.
 #pragma once
 #include <algorithm>
+#include <limits>
 
 #include "linear.h"
 #include "rows.h"
@@ -22,9 +23,9 @@ inline bool sees(const Reach& r, int64_t q, int64_t k) {
     return true;
 }
 
-/// May a query from `first` to `last` see a position from `start` to before `start` + kStep?
-inline bool touched(const Reach& r, int64_t first, int64_t last, int64_t start) {
-    const int64_t end = std::min(start + kStep, last + 1);
+/// May a query from `first` to `last` see a position from `start` to before `start` + `count`?
+inline bool touched(const Reach& r, int64_t first, int64_t last, int64_t start, int64_t count) {
+    const int64_t end = std::min(start + count, last + 1);
     if (start >= end) return false;
     if (r.kind == 1) return end > first - r.a + 1 || start < r.b;
     if (r.kind != 2) return true;
@@ -100,7 +101,7 @@ inline void gather_queries(const Attention& a, const Item& item, Bench& bench) {
             const int64_t row = start + m, head = item.kv_head * (a.heads / a.kv_heads) + item.first_head + row % item.heads;
             const int64_t token = item.chunk->row + item.first + row / item.heads;
             const auto* q = static_cast<const uint32_t*>(row_of(a.activation, a.q, token * a.q_stride + head * a.key_width));
-            for (int w = 0; w < words; w++) to[w * count + m] = q[w];
+            for (int w = 0; w < words; w++) to[w * count + m] = word_at(q + w);
         }
     }
 }
@@ -108,12 +109,12 @@ inline void gather_queries(const Attention& a, const Item& item, Bench& bench) {
 /// The entries of 64 positions from `start` on: keys transposed, values widened. What nobody of the item sees is zero.
 inline void gather_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
     alignas(64) static const uint32_t nothing[kMostKeyWidth] = {};
-    const int64_t last = item.position(item.rows() - 1);
+    const int64_t first = item.position(0), last = item.position(item.rows() - 1);
     const uint32_t* keys[kStep];
     const void* values[kStep];
     for (int j = 0; j < kStep; j++) {
         const int64_t position = start + j;
-        const int64_t page = position > last ? -1 : a.tables[item.chunk->table + position / a.page_tokens];
+        const int64_t page = !touched(a.reach, first, last, position, 1) ? -1 : a.tables[item.chunk->table + position / a.page_tokens];
         if (page < 0) {
             keys[j] = nothing;
             values[j] = nothing;
@@ -128,7 +129,7 @@ inline void gather_step(const Attention& a, const Item& item, int64_t start, Ben
         int w = 0;
         for (; w + 16 <= words; w += 16) Lanes::transpose(keys + j, w, bench.keys + w * kStep + j, kStep);
         for (; w < words; w++)
-            for (int i = 0; i < 16; i++) bench.keys[w * kStep + j + i] = keys[j + i][w];
+            for (int i = 0; i < 16; i++) bench.keys[w * kStep + j + i] = word_at(keys[j + i] + w);
     }
     for (int64_t v = 0; v < a.value_width; v += 16)
         for (int j = 0; j < kStep; j++)
@@ -182,11 +183,11 @@ inline void take_step(const Attention& a, const Item& item, int64_t start, Bench
 inline void attend(const Attention& a, const Item& item, Bench& bench) {
     std::fill_n(bench.out, kMostRows * ((a.value_width + kGroup - 1) / kGroup) * kGroup, 0.0f);
     std::fill_n(bench.sums, item.rows() * 16, 0.0f);
-    std::fill_n(bench.largest, item.rows(), -1e30f);  // finite: a row whose first steps are all hidden must not make NaN
+    std::fill_n(bench.largest, item.rows(), std::numeric_limits<float>::lowest());  // finite: a row whose first steps are all hidden must not make NaN
     gather_queries(a, item, bench);
     const int64_t first = item.position(0), last = item.position(item.rows() - 1);
     for (int64_t start = 0; start <= last; start += kStep)
-        if (touched(a.reach, first, last, start)) take_step(a, item, start, bench);
+        if (touched(a.reach, first, last, start, kStep)) take_step(a, item, start, bench);
     for (int64_t row = 0; row < item.rows(); row++) {
         const int64_t head = item.kv_head * (a.heads / a.kv_heads) + item.first_head + row % item.heads;
         const int64_t token = item.chunk->row + item.first + row / item.heads;

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include LINESHAFT_LANES
+#include "words.h"
 
 namespace {
 
@@ -18,7 +19,7 @@ struct DotF32 {
     static constexpr int kInputs = 1;  // inputs a row
     static Acc zero() { return Lanes::set1(0.0f); }
     static W weights(const uint8_t* p) { return Lanes::load(reinterpret_cast<const float*>(p)); }
-    static A spread(const uint32_t* a, int) { return Lanes::as_float(Lanes::set1_int(int32_t(*a))); }
+    static A spread(const uint32_t* a, int) { return Lanes::as_float(Lanes::set1_int(int32_t(word_at(a)))); }
     static Acc dot(Acc acc, const W& w, const A& a) { return Lanes::fma(a, w, acc); }
 };
 
@@ -32,7 +33,7 @@ struct DotBf16 {
     static constexpr int kInputs = 2;
     static Acc zero() { return Lanes::set1(0.0f); }
     static W weights(const uint8_t* p) { return as<W>(Lanes::load_int(p)); }
-    static A spread(const uint32_t* a, int) { return as<A>(Lanes::set1_int(int32_t(*a))); }
+    static A spread(const uint32_t* a, int) { return as<A>(Lanes::set1_int(int32_t(word_at(a)))); }
     template <class T> static Acc dot(Acc acc, const T& w, const T& a) {
         if constexpr (Lanes::kDotBf16) return Lanes::dot_pairs(acc, w, a);
         else return Lanes::fma(a.high, w.high, Lanes::fma(a.low, w.low, acc));
@@ -54,7 +55,7 @@ struct DotI8 {
     static constexpr int kInputs = 4;
     static Acc zero() { return Lanes::set1_int(0); }
     static W weights(const uint8_t* p) { return Lanes::load_int(p); }
-    static A spread(const uint32_t* a, int) { return Lanes::set1_int(int32_t(*a)); }
+    static A spread(const uint32_t* a, int) { return Lanes::set1_int(int32_t(word_at(a))); }
     static Acc dot(Acc acc, const W& w, const A& a) { return Lanes::dot_bytes(acc, w, a); }
 };
 
@@ -73,7 +74,7 @@ struct DotI4 {
         const auto both = Lanes::load_int(p);
         return {Lanes::and_int(both, mask), Lanes::and_int(Lanes::template shift_right<4>(both), mask)};
     }
-    static A spread(const uint32_t* a, int step) { return {Lanes::set1_int(int32_t(a[0])), Lanes::set1_int(int32_t(a[step]))}; }
+    static A spread(const uint32_t* a, int step) { return {Lanes::set1_int(int32_t(word_at(a))), Lanes::set1_int(int32_t(word_at(a + step)))}; }
     static Acc dot(Acc acc, const W& w, const A& a) { return Lanes::dot_bytes(Lanes::dot_bytes(acc, w.low, a.low), w.high, a.high); }
 };
 
@@ -94,7 +95,7 @@ struct DotW8 {
     }
     static A spread(const uint32_t* a, int step) {
         A r;
-        for (int j = 0; j < 4; j++) r.k[j] = Lanes::as_float(Lanes::set1_int(int32_t(a[j * step])));
+        for (int j = 0; j < 4; j++) r.k[j] = Lanes::as_float(Lanes::set1_int(int32_t(word_at(a + j * step))));
         return r;
     }
     static Acc dot(Acc acc, const W& w, const A& a) {
@@ -116,7 +117,7 @@ struct DotW4 {
     static W weights(const uint8_t* p) { return Lanes::load_int(p); }
     static A spread(const uint32_t* a, int step) {
         A r;
-        for (int j = 0; j < 8; j++) r.k[j] = Lanes::as_float(Lanes::set1_int(int32_t(a[j * step])));
+        for (int j = 0; j < 8; j++) r.k[j] = Lanes::as_float(Lanes::set1_int(int32_t(word_at(a + j * step))));
         return r;
     }
     static Acc dot(Acc acc, const W& w, const A& a) {

@@ -28,12 +28,12 @@ struct Lanes {
         return {_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
     }
     static __m256 power(__m256 n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)); }
-    /// a * 2^n for whole n in [-126, 127].
+    /// a * 2^n for whole n in [-126, 127]; infinite for 128.
     static F scale2(F x, F n) { return {_mm256_mul_ps(x.a, power(n.a)), _mm256_mul_ps(x.b, power(n.b))}; }
-    /// value where x >= limit, else 0.
-    static F where_at_least(F x, float limit, F value) {
+    /// 0 where x < limit, else value: also where x is not a number.
+    static F where_not_below(F x, float limit, F value) {
         const __m256 l = _mm256_set1_ps(limit);
-        return {_mm256_and_ps(value.a, _mm256_cmp_ps(x.a, l, _CMP_GE_OQ)), _mm256_and_ps(value.b, _mm256_cmp_ps(x.b, l, _CMP_GE_OQ))};
+        return {_mm256_and_ps(value.a, _mm256_cmp_ps(x.a, l, _CMP_NLT_UQ)), _mm256_and_ps(value.b, _mm256_cmp_ps(x.b, l, _CMP_NLT_UQ))};
     }
     static float sum(F x) {
         __m256 h = _mm256_add_ps(x.a, x.b);

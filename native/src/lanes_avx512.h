@@ -30,11 +30,11 @@ struct Lanes {
     static F min(F x, F y) { return _mm512_min_ps(x, y); }
     static F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
     static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-    /// a * 2^n for whole n in [-126, 127].
+    /// a * 2^n for whole n in [-126, 127]; infinite for 128.
     static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }
-    /// value where x >= limit, else 0.
-    static F where_at_least(F x, float limit, F value) {
-        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GE_OQ), value);
+    /// 0 where x < limit, else value: also where x is not a number.
+    static F where_not_below(F x, float limit, F value) {
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), value);
     }
     static float sum(F x) {
         __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "words.h"
+
 namespace {
 
 struct Lanes {
@@ -28,12 +30,12 @@ struct Lanes {
     static F min(F a, F b) { return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
     static F fma(F a, F b, F c) { return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
     static F round(F a) { return each([&](int i) { return std::nearbyint(a.v[i]); }); }
-    /// a * 2^n for whole n in [-126, 127].
+    /// a * 2^n for whole n in [-126, 127]; infinite for 128.
     static F scale2(F a, F n) {
         return each([&](int i) { int32_t bits = (int32_t(n.v[i]) + 127) << 23; float p; std::memcpy(&p, &bits, 4); return a.v[i] * p; });
     }
-    /// value where x >= limit, else 0.
-    static F where_at_least(F x, float limit, F value) { return each([&](int i) { return x.v[i] >= limit ? value.v[i] : 0.0f; }); }
+    /// 0 where x < limit, else value: also where x is not a number.
+    static F where_not_below(F x, float limit, F value) { return each([&](int i) { return x.v[i] < limit ? 0.0f : value.v[i]; }); }
     static float sum(F a) {  // in the order of the vector forms: halves, quarters, pairs
         for (int step = 8; step; step /= 2) for (int i = 0; i < step; i++) a.v[i] += a.v[i + step];
         return a.v[0];
@@ -58,7 +60,7 @@ struct Lanes {
     static void to_bytes(void* p, F a) { for (int i = 0; i < 16; i++) static_cast<int8_t*>(p)[i] = int8_t(a.v[i]); }
     /// 16 words from each of 16 rows to 16 rows, `stride` words apart, of one word from each.
     static void transpose(const uint32_t* const* rows, int64_t offset, uint32_t* out, int64_t stride) {
-        for (int r = 0; r < 16; r++) for (int c = 0; c < 16; c++) out[c * stride + r] = rows[r][offset + c];
+        for (int r = 0; r < 16; r++) for (int c = 0; c < 16; c++) out[c * stride + r] = word_at(rows[r] + offset + c);
     }
     static F as_float(I a) { F r; std::memcpy(r.v, a.v, 64); return r; }
 

@@ -81,13 +81,14 @@ inline Layout layout_of(const Linear& l, void* scratch) {
 /// One token in 8 bits: q = round(x / scale), scale = max|x| / 127. Words go to every `step`-th place from `to` on.
 inline void round_token(const Linear& l, const void* x, const Layout& s, int64_t step, uint32_t* to, float* scale, int32_t* sums) {
     const int64_t inputs = l.shape.inputs, group = l.shape.scale_inputs;
-    auto limit = Lanes::set1(0.0f);
+    auto limit = Lanes::set1(0.0f), nothing = limit;
     for (int64_t i = 0; i < inputs; i += 16) {
         const auto value = read_some(l.activation, x, i, inputs - i);
         limit = Lanes::max(limit, Lanes::max(value, Lanes::sub(Lanes::set1(0.0f), value)));
+        nothing = Lanes::fma(value, Lanes::set1(0.0f), nothing);  // max loses a NaN; this is one after any, and after infinity
     }
-    const float largest = Lanes::largest(limit);
-    *scale = largest > 0 ? largest / 127.0f : 1.0f;
+    const float step_size = Lanes::largest(limit) / 127.0f, spoilt = Lanes::sum(nothing);
+    *scale = spoilt != spoilt ? spoilt : step_size > 0 ? step_size : 1.0f;
     const auto width = Lanes::set1(*scale), most = Lanes::set1(127.0f), least = Lanes::set1(-127.0f);
     for (int64_t g = 0; g < s.scales; g++) {
         auto sum = Lanes::set1(0.0f);  // of whole numbers: exact as long as a group has fewer than 2^24 / 127 inputs

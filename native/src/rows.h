@@ -10,15 +10,16 @@
 
 namespace {
 
-/// e^x to about 1e-7, by Cody and Waite's reduction and a polynomial of degree 6 (Taylor); below -87 it is exactly 0.
+/// e^x to about 1e-7, by Cody and Waite's reduction and a polynomial of degree 6 (Taylor); below -87 it is exactly 0, from 88.4 on
+/// infinite. A NaN stays one: max and min give their second argument where one of the two is none.
 inline Lanes::F exponential(Lanes::F whole) {
-    auto x = Lanes::min(Lanes::max(whole, Lanes::set1(-87.0f)), Lanes::set1(88.0f));
+    auto x = Lanes::min(Lanes::set1(89.0f), Lanes::max(Lanes::set1(-87.0f), whole));
     const auto n = Lanes::round(Lanes::mul(x, Lanes::set1(1.44269504088896341f)));
     auto r = Lanes::fma(n, Lanes::set1(-0.693359375f), x);
     r = Lanes::fma(n, Lanes::set1(2.12194440e-4f), r);
     auto p = Lanes::set1(1.0f / 720);
     for (float c : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = Lanes::fma(p, r, Lanes::set1(c));
-    return Lanes::where_at_least(whole, -87.0f, Lanes::scale2(p, Lanes::min(n, Lanes::set1(127.0f))));
+    return Lanes::where_not_below(whole, -87.0f, Lanes::scale2(p, Lanes::min(n, Lanes::set1(128.0f))));
 }
 
 inline void norm(const Norm& n, int part, int parts) {

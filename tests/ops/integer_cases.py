@@ -51,10 +51,15 @@ def exact_linear_int(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | Non
 
 def exact_linear_int_a8(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, bias: Tensor | None) -> Tensor:
     """Rounded by float32's numbers, then summed as whole numbers."""
+    q, step = rounded_to_bytes(x)
+    q_TGI, codes_OGI = (each.unflatten(1, (scale.shape[1], -1)) for each in (q, exact_codes(codes, scale, zero, bits)))
+    dots = torch.einsum("tgi,ogi->tog", q_TGI, codes_OGI)
+    return (dots.double() * scale.double()).sum(-1) * step + (0 if bias is None else bias)
+
+
+def rounded_to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers from -127 to 127 and their scale, one a token, in float64."""
     single = x.numpy().astype(np.float32)
     step = np.abs(single).max(1, keepdims=True) / np.float32(127)
     step = np.where(step == 0, np.float32(1), step)
-    q = torch.from_numpy(np.clip(np.rint(single / step), -127, 127)).long()
-    q_TGI, codes_OGI = (each.unflatten(1, (scale.shape[1], -1)) for each in (q, exact_codes(codes, scale, zero, bits)))
-    dots = torch.einsum("tgi,ogi->tog", q_TGI, codes_OGI)
-    return (dots.double() * scale.double()).sum(-1) * torch.from_numpy(step).double() + (0 if bias is None else bias)
+    return torch.from_numpy(np.clip(np.rint(single / step), -127, 127)).long(), torch.from_numpy(step).double()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_table import arguments, close
+from op_cases import arguments, close
 
 from lineshaft.ops import cpu, reference, table
 

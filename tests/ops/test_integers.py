@@ -15,9 +15,9 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_q
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from integer_cases import GROUPS, KINDS, exact_weight, integers
+from op_cases import DTYPES, arguments
 from test_formats import KINDS as WEIGHTS
 from test_formats import weight_of
-from test_table import DTYPES, arguments
 from torch import Tensor
 
 from lineshaft.base.errors import ConfigError

@@ -10,8 +10,8 @@ from lineshaft.engine.cache import PagedCache
 from lineshaft.model.attend import IndexQuery, LatentQuery
 from lineshaft.model.config import GroupedQueryAttention, ModelConfig
 from lineshaft.ops import table as ops
+from lineshaft.ops.checks import WIDEST
 from lineshaft.ops.isa import library
-from lineshaft.ops.native import WIDEST
 from lineshaft.ops.reach import Reach
 
 

@@ -10,28 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lineshaft.ops import checks
 from lineshaft.ops.isa import library
 from lineshaft.ops.packing import Shape
 from lineshaft.ops.reach import Blocks, Reach, Window
 from lineshaft.ops.recording import result
 
-_FLOATS = {torch.float32: 0, torch.bfloat16: 1}
-WIDEST = 1024
-"""Channels of a head that the attention kernel has room for."""
-
 
 def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, whole: bool) -> Tensor:
     """See `reference.packed_linear`."""
-    kind, x_TI = _float_of(x_TI), _rows_of(x_TI)
-    if x_TI.dim() != 2 or x_TI.shape[1] != shape.inputs or (not shape.scale_inputs and str(x_TI.dtype) != f"torch.{shape.kind}"):
-        raise ValueError(f"packed_linear: x is {list(x_TI.shape)} {x_TI.dtype}, the weight {shape}")
+    kind, x_TI = checks.float_of(x_TI), _rows_of(x_TI)
+    checks.linear(x_TI, packed, shape, bias_O, _library().packed_bytes(*shape.native), whole)
     out_TO = result((len(x_TI), shape.outputs), x_TI.dtype)
-    if bias_O is not None and (bias_O.dtype != torch.float32 or not bias_O.is_contiguous()):
-        raise ValueError(f"packed_linear: the bias is {bias_O.dtype}: it must be float32")
+    bias = None if bias_O is None else bias_O.float().contiguous()
     _library().linear(
         *shape.native,
         packed.data_ptr(),
-        0 if bias_O is None else bias_O.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         whole,
         kind,
         x_TI.data_ptr(),
@@ -45,9 +40,10 @@ def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | N
 
 def rms_norm(x: Tensor, weight_I: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`."""
-    kind, rows_TI, weight_I = _float_of(x), _rows_of(x.flatten(0, -2)), weight_I.contiguous()
+    checks.norm(x, weight_I)
+    kind, rows_TI, weight_I = checks.float_of(x), _rows_of(x.flatten(0, -2)), weight_I.contiguous()
     (rows, width), out = rows_TI.shape, result(x.shape, x.dtype)
-    weight, tokens = (_float_of(weight_I), weight_I.data_ptr()), len(x)
+    weight, tokens = (checks.float_of(weight_I), weight_I.data_ptr()), len(x)
     per_token = rows // tokens if tokens else 1
     _library().norm(kind, rows_TI.data_ptr(), rows_TI.stride(0), *weight, eps, out.data_ptr(), width, tokens, per_token, width)
     return out
@@ -55,7 +51,8 @@ def rms_norm(x: Tensor, weight_I: Tensor, eps: float) -> Tensor:
 
 def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
     """See `reference.rope`."""
-    kind, x_THD, cos_TR, sin_TR = _float_of(x_THD), _rows_of(x_THD), cos_TR.contiguous(), sin_TR.contiguous()
+    checks.rope(x_THD, cos_TR, sin_TR)
+    kind, x_THD, cos_TR, sin_TR = checks.float_of(x_THD), _rows_of(x_THD), cos_TR.contiguous(), sin_TR.contiguous()
     out = result(x_THD.shape, x_THD.dtype)
     _library().rope(
         kind, x_THD.data_ptr(), *x_THD.stride()[:2], cos_TR.data_ptr(), sin_TR.data_ptr(), interleaved, out.data_ptr(), *x_THD.shape
@@ -65,25 +62,25 @@ def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Te
 
 def silu_mul(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     """See `reference.silu_mul`."""
+    checks.alike("silu_mul", gate_TI, up_TI)
     gate_TI, up_TI = gate_TI.contiguous(), up_TI.contiguous()
     out = result(gate_TI.shape, gate_TI.dtype)
-    _library().silu_mul(_float_of(gate_TI), gate_TI.data_ptr(), up_TI.data_ptr(), out.data_ptr(), *_tokens_and_width(out))
+    _library().silu_mul(checks.float_of(gate_TI), gate_TI.data_ptr(), up_TI.data_ptr(), out.data_ptr(), *_tokens_and_width(out))
     return out
 
 
 def add(x_TI: Tensor, y_TI: Tensor) -> Tensor:
     """See `reference.add`."""
+    checks.alike("add", x_TI, y_TI)
     x_TI, y_TI = x_TI.contiguous(), y_TI.contiguous()
-    if x_TI.shape != y_TI.shape or x_TI.dtype != y_TI.dtype:
-        raise ValueError(f"add: {list(x_TI.shape)} {x_TI.dtype} and {list(y_TI.shape)} {y_TI.dtype}")
     out = result(x_TI.shape, x_TI.dtype)
-    _library().add(_float_of(x_TI), x_TI.data_ptr(), y_TI.data_ptr(), out.data_ptr(), *_tokens_and_width(out))
+    _library().add(checks.float_of(x_TI), x_TI.data_ptr(), y_TI.data_ptr(), out.data_ptr(), *_tokens_and_width(out))
     return out
 
 
 def embed(tokens_T: Tensor, weight_VI: Tensor) -> Tensor:
     """See `reference.embed`."""
-    _float_of(weight_VI)
+    checks.float_of(weight_VI)
     weight_VI = weight_VI.contiguous()
     out_TI = result((len(tokens_T), weight_VI.shape[1]), weight_VI.dtype)
     _library().take_rows(
@@ -122,13 +119,11 @@ def paged_attention(
     count_1: Tensor | None = None,
 ) -> Tensor:
     """See `reference.paged_attention`."""
-    kind, q_THD, chunks_C4 = _float_of(q_THD), q_THD.contiguous(), chunks_C4.contiguous()
-    if pages_k.dtype != q_THD.dtype or tables.dtype != torch.int32 or chunks_C4.dtype != torch.int64:
-        raise ValueError(f"paged_attention: queries {q_THD.dtype}, pages {pages_k.dtype}, tables {tables.dtype}, chunks {chunks_C4.dtype}")
+    kind = checks.float_of(q_THD)
+    checks.attention(q_THD, pages_k, pages_v, chunks_C4, tables)
+    q_THD, chunks_C4, tables = q_THD.contiguous(), chunks_C4.contiguous(), tables.contiguous()
     heads, width = q_THD.shape[1:]
     kv_heads, values = pages_v.shape[-2:]
-    if width % 2 or max(width, values) > WIDEST:
-        raise ValueError(f"paged_attention: heads of {width} and {values} channels: at most {WIDEST}, and an even number for keys")
     count_1 = torch.tensor([len(chunks_C4)]) if count_1 is None else count_1
     out_THV = result((len(q_THD), heads, values), q_THD.dtype)
     _library().attention(
@@ -174,12 +169,6 @@ def _library() -> Any:
     found = library()
     assert found is not None  # the table holds these kernels only where it is there
     return found
-
-
-def _float_of(x: Tensor) -> int:
-    if x.dtype not in _FLOATS:
-        raise ValueError(f"native kernels work on float32 and bfloat16, not on {x.dtype}")
-    return _FLOATS[x.dtype]
 
 
 def _rows_of(x: Tensor) -> Tensor:

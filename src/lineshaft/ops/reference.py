@@ -230,7 +230,7 @@ def paged_attention(
     first row, position of the first token, tokens, where its page numbers begin in `tables` (int32; negative: given back).
     The keys of the T tokens are in the pages already. count_1: int64 [1], how many of the chunks there are (None: all).
     """
-    outs = []
+    outs = [q_THD.new_empty(0, q_THD.shape[1], pages_v.shape[-1])]
     for row, first, count, start in chunks_C4[: None if count_1 is None else int(count_1)].tolist():
         table = tables[start : start - (-(first + count) // pages_k.shape[1])].long().clamp(min=0)
         spans = reach.spans(first, first + count)

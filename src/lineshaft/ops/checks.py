@@ -1,0 +1,85 @@
+"""What the native kernels are given, looked at before addresses are handed over: behind them nothing is checked any more.
+
+Strides of inputs are dealt with in ops/native.py. Pages are never copied: one call would take as long as many steps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lineshaft.ops.packing import Shape
+
+FLOATS = {torch.float32: 0, torch.bfloat16: 1}
+"""What the kernels compute on, as the library numbers it."""
+WIDEST = 1024
+"""Channels of a head that the attention kernel has room for."""
+
+
+def float_of(x: Tensor) -> int:
+    """The number of the dtype of x."""
+    if x.dtype not in FLOATS:
+        raise ValueError(f"native kernels work on float32 and bfloat16, not on {x.dtype}")
+    return FLOATS[x.dtype]
+
+
+def linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, size: int, whole: bool) -> None:
+    """`size`: bytes of a weight of this shape."""
+    if x_TI.dim() != 2 or x_TI.shape[1] != shape.inputs or (not shape.scale_inputs and str(x_TI.dtype) != f"torch.{shape.kind}"):
+        raise ValueError(f"packed_linear: x is {list(x_TI.shape)} {x_TI.dtype}, the weight {shape}")
+    if packed.dtype != torch.uint8 or packed.numel() != size or not packed.is_contiguous():
+        raise ValueError(f"packed_linear: the weight is {list(packed.shape)} {packed.dtype}: {shape} takes {size} bytes in a row")
+    if bias_O is not None and bias_O.shape != (shape.outputs,):
+        raise ValueError(f"packed_linear: the bias is {list(bias_O.shape)}, the weight has {shape.outputs} outputs")
+    if whole and not shape.scale_inputs:
+        raise ValueError(f"packed_linear: activations in 8 bits need a weight of whole numbers, not {shape}")
+
+
+def norm(x: Tensor, weight_I: Tensor) -> None:
+    """One weight a channel."""
+    if weight_I.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: x is {list(x.shape)}, the weight {list(weight_I.shape)}")
+
+
+def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> None:
+    """An angle for each pair of channels of a token."""
+    wanted = len(x_THD), x_THD.shape[-1] // 2
+    if x_THD.dim() != 3 or x_THD.shape[-1] % 2 or cos_TR.shape != wanted or sin_TR.shape != wanted:
+        raise ValueError(f"rope: x is {list(x_THD.shape)}, cosines are {list(cos_TR.shape)} and sines {list(sin_TR.shape)}")
+    if cos_TR.dtype != torch.float32 or sin_TR.dtype != torch.float32:
+        raise ValueError(f"rope: cosines and sines must be float32, not {cos_TR.dtype} and {sin_TR.dtype}")
+
+
+def alike(op: str, a: Tensor, b: Tensor) -> None:
+    """Two tensors that meet number by number."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise ValueError(f"{op}: {list(a.shape)} {a.dtype} and {list(b.shape)} {b.dtype}")
+
+
+def attention(q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, chunks_C4: Tensor, tables: Tensor) -> None:
+    """The numbers in chunks and tables are the caller's: reading them would cost more than attention over a short text."""
+    if pages_k.dtype != q_THD.dtype or pages_v.dtype != q_THD.dtype or tables.dtype != torch.int32 or chunks_C4.dtype != torch.int64:
+        pages = f"pages {pages_k.dtype} and {pages_v.dtype}"
+        raise ValueError(f"paged_attention: queries {q_THD.dtype}, {pages}, tables {tables.dtype}, chunks {chunks_C4.dtype}")
+    if not _meet(q_THD, pages_k, pages_v) or chunks_C4.shape[1:] != (4,) or tables.dim() != 1:
+        names = "queries", "keys", "values", "chunks", "tables"
+        shapes = (list(each.shape) for each in (q_THD, pages_k, pages_v, chunks_C4, tables))
+        raise ValueError(f"paged_attention: {', '.join(f'{name} {shape}' for name, shape in zip(names, shapes, strict=True))}")
+    width, values = q_THD.shape[2], pages_v.shape[3]
+    if width % 2 or max(width, values) > WIDEST:
+        raise ValueError(f"paged_attention: heads of {width} and {values} channels: at most {WIDEST}, and an even number for keys")
+    if not _in_a_row(pages_k) or not _in_a_row(pages_v):
+        raise ValueError("paged_attention: pages must follow each other in memory, channels too; strided pages are not copied")
+
+
+def _meet(q_THD: Tensor, pages_k: Tensor, pages_v: Tensor) -> bool:
+    """Do queries, keys and values belong together?"""
+    if q_THD.dim() != 3 or pages_k.dim() != 4 or pages_k.shape[:3] != pages_v.shape[:3]:
+        return False
+    return q_THD.shape[2] == pages_k.shape[3] and q_THD.shape[1] % pages_k.shape[2] == 0
+
+
+def _in_a_row(pages: Tensor) -> bool:
+    """Is token t of page p where the kernel looks for it, (p * B + t) strides from the beginning, its channels side by side?"""
+    count, size, _, width = pages.shape
+    return (count == 1 or pages.stride(0) == size * pages.stride(1)) and (width == 1 or pages.stride(3) == 1)
