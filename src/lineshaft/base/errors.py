@@ -146,6 +146,10 @@ class EngineError(LineshaftError):
     exit_code = 9
 
 
+class Unrecordable(EngineError):
+    """An operation of PyTorch's own stands between the native calls of a step; the message names it."""
+
+
 class MissingExtra(LineshaftError):
     """An optional dependency is not installed."""
 

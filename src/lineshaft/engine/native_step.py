@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lineshaft.base.errors import Unrecordable
 from lineshaft.engine.buffers import StepBuffers
 from lineshaft.engine.cache import PagedCache
 from lineshaft.engine.native_attend import NativeAttend
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.rope import speeds
-from lineshaft.ops.recording import Recorded, Unrecordable
+from lineshaft.ops.recording import Recorded
 from lineshaft.sched.plan import Plan
 
 

@@ -100,7 +100,7 @@ def angles(positions_T: Tensor, speed_R: Tensor, length: float) -> Tensor:
 
 def write_pages(pages: Tensor, slots_T: Tensor, entry: Tensor) -> Tensor:
     """See `reference.write_pages`."""
-    entry, flat = entry.flatten(1), pages.flatten(0, 1).flatten(1)
+    entry, flat = _rows_of(entry.flatten(1)), pages.flatten(0, 1).flatten(1)
     if entry.dtype != pages.dtype or entry.shape[1] != flat.shape[1] or slots_T.dtype != torch.int64:
         raise ValueError(f"write_pages: {list(entry.shape)} {entry.dtype} into pages of {list(pages.shape)} {pages.dtype}")
     size, width = entry.itemsize, entry.shape[1]

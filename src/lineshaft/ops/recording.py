@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lineshaft.base.errors import Unrecordable
 from lineshaft.ops.isa import library
 
 _VIEWS = {
@@ -23,10 +24,6 @@ _VIEWS = {
     "split_with_sizes", "squeeze", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
 }  # fmt: skip
 """Operations of PyTorch that compute nothing, as long as they do not copy."""
-
-
-class Unrecordable(Exception):
-    """An operation of PyTorch's own stands between the native calls; the message names it."""
 
 
 class Arena:
