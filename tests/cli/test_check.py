@@ -68,7 +68,7 @@ def test_everything_that_can_be_known_is_told_for_people(billion: Path) -> None:
         r"serve +peak .* GiB \(running\), 64\.0 GiB can be had",
         r"  cache pages +51\d\.\d MiB",
         r"verdict +fits",
-        r"kernels +\d of 5 ops have one of their own on cpu.*",
+        r"kernels +\d+ of \d+ ops have one of their own on cpu.*",
     ):
         assert re.search(f"^{line}$", told, re.MULTILINE), (line, told)
 
@@ -120,7 +120,7 @@ def test_the_change_that_is_named_makes_it_fit(billion: Path) -> None:
 def test_a_format_that_the_checkpoint_does_not_have_yet_can_be_tried(billion: Path) -> None:
     shown = json.loads(check(billion, "--memory", "64GiB", "--format", "int8-32", "--json")[1])
     assert shown["stored"]["bytes"] == shown["bytes"]["int8, groups of 32"]
-    assert "linear_int" in shown["kernels"]
+    assert ("packed_linear" if library() else "linear_int") in shown["kernels"]
     smaller = json.loads(check(billion, "--memory", "64GiB", "--format", "int4-32-zeros-a8", "--json")[1])
     assert smaller["stored"]["bytes"] < shown["stored"]["bytes"]
     assert "linear_int_a8" in smaller["kernels"]

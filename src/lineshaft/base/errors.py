@@ -20,6 +20,7 @@
     |   +-- QueueFull            too many requests wait
     |   +-- DoesNotFit           a task that would need more memory than there is; refused before it begins
     +-- EngineError          the engine failed while it worked on the request; it may be retried  exit 9
+    |   +-- Unrecordable         an operation of PyTorch's own stands between the native calls of a step; caught where it is recorded
     +-- MissingExtra         an optional dependency is not installed                           exit 10
 
 The text of each says what is wrong and what to do. `assert` is for what cannot happen.
