@@ -1,8 +1,8 @@
-# Everything runs in .venv, which these targets make.   make install | demo | test | test-all | lint
+# Everything runs in .venv, which these targets make.   make install | demo | test | test-all | native-sanitize | lint
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-all lint clean
+.PHONY: install demo test test-all native-sanitize lint clean
 
 install: .venv/.installed
 
@@ -24,6 +24,9 @@ test: .venv/.installed-test
 
 test-all: .venv/.installed-test
 	$(BIN)/python -m pytest -n auto
+
+native-sanitize: .venv/.installed-test
+	PYTHON=$(BIN)/python native/tests/sanitize.sh
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check src tests benchmarks
