@@ -100,7 +100,13 @@ def in_company(model: Decoder, made: list[Ask], cancelled: set[int]) -> tuple[di
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [*((family, torch.float32) for family in FAMILIES), ("llama", torch.bfloat16), ("deepseek_v3", torch.bfloat16), ("qwen3_moe", torch.bfloat16)]
+    ("family", "dtype"),
+    [
+        *((family, torch.float32) for family in FAMILIES),
+        ("llama", torch.bfloat16),
+        ("deepseek_v3", torch.bfloat16),
+        ("qwen3_moe", torch.bfloat16),
+    ],
 )
 def test_200_staggered_requests_get_the_bits_that_each_gets_alone(tiny: Tiny, family: str, dtype: torch.dtype) -> None:
     model, made = tiny(family).to(dtype), asks()
@@ -148,7 +154,8 @@ def test_the_comparison_finds_a_planted_bug(tiny: Tiny, planted: str, monkeypatc
 
 @pytest.mark.skipif(library() is None, reason="no native kernels here")
 @pytest.mark.parametrize(
-    ("family", "op"), [("llama", "packed_linear"), ("llama", "paged_attention"), ("deepseek_v3", "packed_by_head"), ("qwen3_moe", "experts")]
+    ("family", "op"),
+    [("llama", "packed_linear"), ("llama", "paged_attention"), ("deepseek_v3", "packed_by_head"), ("qwen3_moe", "experts")],
 )
 def test_the_comparison_finds_a_planted_bug_in_a_native_kernel(tiny: Tiny, family: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "NATIVE", {**table.NATIVE, op: getattr(reference, op)})  # adds up by shape, as PyTorch does

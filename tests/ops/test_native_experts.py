@@ -168,6 +168,18 @@ def test_experts_are_the_same_for_any_number_of_threads_and_recorded(threads: in
             native.set_threads(before)
 
 
+def test_no_tokens_are_no_work() -> None:
+    luck = Luck(1, torch.float32)
+    feeds, none = luck.feeds(Dense(), 3, 8, 8), luck.randn(0, 8)
+    shape, packed = pack_dense(luck.randn(5, 4))
+    with table.steady():
+        assert table.experts(none, luck.randn(0, 2), torch.zeros(0, 2, dtype=torch.int64), feeds).shape == (0, 8)
+        assert [item.shape for item in table.route(none, None, Rule(2, True))] == [(0, 2)] * 2
+        assert table.packed_by_head(luck.randn(0, 1, 4), packed[None], shape).shape == (0, 1, 5)
+        assert table.join(none, none).shape == (0, 16)
+        assert table.scaled(none, luck.randn(0, 1)).shape == table.sigmoid(none).shape == table.widen(none.bfloat16()).shape == (0, 8)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     luck = Luck(1, torch.float32)
     feeds, x, (weights, chosen) = luck.feeds(Dense(), 3, 8, 8), luck.randn(2, 8), luck.routed(2, 3, 2)

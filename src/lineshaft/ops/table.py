@@ -124,8 +124,8 @@ def kernel(op: str, x: Tensor) -> Callable[..., Tensor]:
 
 
 def chosen(device: str) -> dict[str, str]:
-    """Op to the module its kernel comes from; the server prints it when it starts."""
-    return {op: run.__module__.rsplit(".", 1)[-1] for op, run in sorted(_tables.get().get(device, REFERENCE).items())}
+    """Op to the module its kernel comes from (native of native_experts); the server prints it when it starts."""
+    return {op: run.__module__.rsplit(".", 1)[-1].partition("_")[0] for op, run in sorted(_tables.get().get(device, REFERENCE).items())}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
