@@ -1,6 +1,8 @@
 // Which instruction sets this processor has.
 #include "kernels.h"
 
+const Kernels* chosen = nullptr;
+
 const Kernels* const* runnable() {
     static const Kernels* found[8] = {};
     if (found[0]) return found;

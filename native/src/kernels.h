@@ -15,6 +15,7 @@ struct Linear {
     void* out;
     int64_t out_stride;
     int64_t tokens;
+    const int32_t* rows = nullptr;  // which rows of x; null: the first ones
 };
 
 struct Norm {
@@ -68,6 +69,36 @@ struct Attention {
     void* out;                  // [tokens, heads, value_width], dense
 };
 
+/// How a token's experts are chosen and weighted (ops/routing.py).
+struct Route {
+    const float* logits;        // [tokens, experts]
+    const float* bias;          // [experts], steers the choice only; or null
+    bool sigmoid, normalise;
+    int64_t experts, top, groups, best_groups;
+    float scaling;
+    float* weights;             // [tokens, top]
+    int64_t* chosen;            // likewise
+    int64_t tokens;
+};
+
+/// Experts of one shape: down(SiLU(gate(x)) * up(x)) of each token's chosen ones, weighted and added in the order of the choice.
+struct Experts {
+    Shape in, down;             // of gate and up; of down
+    bool in_whole, down_whole;  // as in Linear
+    const uintptr_t* addresses; // of packed weights: all gates, all ups, all downs
+    int64_t experts, top;
+    Activation activation;      // of x and out
+    const void* x;
+    int64_t x_stride;
+    const float* weights;       // [tokens, top]
+    const int64_t* chosen;      // likewise
+    void* out;                  // dense
+    int64_t tokens;
+};
+
+/// Between them all threads wait for each other.
+enum class Stage : int { sort, pack, swiglu, pack_down, down, combine };
+
 struct Kernels {
     const char* name;
     // Activations into tiles, then the product. scratch: tokens * (inputs + scales + 1) words.
@@ -77,10 +108,17 @@ struct Kernels {
     void (*rope)(const Rope&, int part, int parts);
     void (*silu_mul)(Activation, const void* gate, const void* up, void* out, int64_t count, int part, int parts);
     void (*add)(Activation, const void* a, const void* b, void* out, int64_t count, int part, int parts);
+    void (*sigmoid)(Activation, const void* x, void* out, int64_t count, int part, int parts);
+    void (*scaled)(Activation, const void* x, const void* factors, void* out, int64_t tokens, int64_t width, int part, int parts);
+    void (*widen)(const void* x, float* out, int64_t count, int part, int parts);
     void (*attention)(const Attention&, int part, int parts);
+    void (*route)(const Route&, int part, int parts);
+    void (*experts)(const Experts&, Stage, void* scratch, int part, int parts);  // scratch: desk.h
 };
 
 extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Bf16;
 
 /// The tables that this processor can run, worst first; null behind the last.
 const Kernels* const* runnable();
+/// The table in use.
+extern const Kernels* chosen;

@@ -68,8 +68,7 @@ inline Layout layout_of(const Linear& l, void* scratch) {
     Layout s;
     const int64_t most = Lanes::kMaxRows, count = (l.tokens + most - 1) / most;
     s.tile = (l.tokens + count - 1) / count;
-    const bool coded = l.shape.scale_inputs != 0;
-    s.words = coded ? (l.whole ? l.shape.inputs / 4 : l.shape.inputs) : l.shape.inputs / inputs_a_row(l.shape.kind);
+    s.words = l.shape.words(l.whole);
     s.scales = l.shape.scales();
     s.packed = static_cast<uint32_t*>(scratch);
     s.scale = reinterpret_cast<float*>(s.packed + l.tokens * s.words);
@@ -123,10 +122,15 @@ inline void pack_token(const Linear& l, const void* x, const Layout& s, int64_t 
     }
 }
 
+/// One token's activations.
+inline const void* token_of(const Linear& l, int64_t token) {
+    return row_of(l.activation, l.x, (l.rows ? l.rows[token] : token) * l.x_stride);
+}
+
 inline void pack_tile(const Linear& l, const Layout& s, int64_t tile) {
     const int64_t first = tile * s.tile, count = std::min(s.tile, l.tokens - first);
     for (int64_t m = 0; m < count; m++) {
-        const void* x = row_of(l.activation, l.x, (first + m) * l.x_stride);
+        const void* x = token_of(l, first + m);
         uint32_t* to = s.packed + first * s.words + m;
         if (l.whole) round_token(l, x, s, count, to, s.scale + first + m, s.whole + first * s.scales + m);
         else pack_token(l, x, s, count, to, s.real + first * s.scales + m);
@@ -166,20 +170,25 @@ inline void pack(const Linear& l, void* scratch, int part, int parts) {
     for (int64_t tile = own.first; tile < own.last; tile++) pack_tile(l, s, tile);
 }
 
-inline void linear(const Linear& l, void* scratch, int part, int parts) {
-    const Layout s = layout_of(l, scratch);
-    const auto own = team::share(l.shape.groups(), part, parts);
+/// One tile of tokens times one group of outputs: [tokens of the tile][64].
+inline void multiply(const Linear& l, const Layout& s, int64_t tile, int64_t group, float* numbers) {
+    const int64_t first = tile * s.tile, count = std::min(s.tile, l.tokens - first);
+    const Sums sums{l.whole ? s.scale + first : nullptr, s.whole + first * s.scales, s.real + first * s.scales};
+    const auto* packed = as_it_is(l) ? static_cast<const uint32_t*>(token_of(l, 0)) : s.packed + first * s.words;
+    tile_of(l, int(count))(l.shape, packed, l.weight + group * l.shape.group_bytes(), 0, sums, numbers);
+}
+
+inline void groups_of(const Linear& l, const Layout& s, team::Range groups) {
     alignas(64) float numbers[Lanes::kMaxRows * kGroup];
-    for (int64_t group = own.first; group < own.last; group++) {
-        const uint8_t* weight = l.weight + group * l.shape.group_bytes();
+    for (int64_t group = groups.first; group < groups.last; group++)
         for (int64_t tile = 0; tile < s.tiles(l.tokens); tile++) {
-            const int64_t first = tile * s.tile, count = std::min(s.tile, l.tokens - first);
-            const Sums sums{l.whole ? s.scale + first : nullptr, s.whole + first * s.scales, s.real + first * s.scales};
-            const uint32_t* packed = as_it_is(l) ? static_cast<const uint32_t*>(l.x) : s.packed + first * s.words;
-            tile_of(l, int(count))(l.shape, packed, weight, 0, sums, numbers);
-            put(l, first, count, group, numbers);
+            multiply(l, s, tile, group, numbers);
+            put(l, tile * s.tile, std::min(s.tile, l.tokens - tile * s.tile), group, numbers);
         }
-    }
+}
+
+inline void linear(const Linear& l, void* scratch, int part, int parts) {
+    groups_of(l, layout_of(l, scratch), team::share(l.shape.groups(), part, parts));
 }
 
 }  // namespace

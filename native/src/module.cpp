@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bind.h"
 #include "kernels.h"
 #include "pack.h"
 #include "step.h"
@@ -17,15 +18,6 @@
 namespace nb = nanobind;
 
 namespace {
-
-const Kernels* chosen = nullptr;
-
-template <class T>
-T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
-
-Shape shape_of(int kind, int64_t inputs, int64_t outputs, int64_t scale_inputs, bool zeros) {
-    return {Weight(kind), inputs, outputs, scale_inputs, zeros};
-}
 
 std::vector<std::string> names() {
     std::vector<std::string> all;
@@ -164,4 +156,5 @@ NB_MODULE(_native, m) {
     m.def("put_rows", &put_rows, free_gil);
     m.def("angles", &angles, free_gil);
     m.def("attention", &attention, free_gil);
+    bind_experts(m);
 }

@@ -92,4 +92,31 @@ inline void add(Activation kind, const void* a, const void* b, void* out, int64_
         write_some(kind, out, i, own.last - i, Lanes::add(read_some(kind, a, i, own.last - i), read_some(kind, b, i, own.last - i)));
 }
 
+inline Lanes::F logistic(Lanes::F x) {
+    const auto one = Lanes::set1(1.0f);
+    return Lanes::div(one, Lanes::add(one, exponential(Lanes::sub(Lanes::set1(0.0f), x))));
+}
+
+inline void sigmoid(Activation kind, const void* x, void* out, int64_t count, int part, int parts) {
+    const auto own = vectors(count, part, parts);
+    for (int64_t i = own.first; i < own.last; i += 16) write_some(kind, out, i, own.last - i, logistic(read_some(kind, x, i, own.last - i)));
+}
+
+/// Every token times a number of its own.
+inline void scaled(Activation kind, const void* x, const void* factors, void* out, int64_t tokens, int64_t width, int part, int parts) {
+    const auto own = team::share(tokens, part, parts);
+    for (int64_t t = own.first; t < own.last; t++) {
+        const auto factor = Lanes::set1(at(kind, factors, t));
+        const void* from = row_of(kind, x, t * width);
+        void* to = const_cast<void*>(row_of(kind, out, t * width));
+        for (int64_t i = 0; i < width; i += 16) write_some(kind, to, i, width - i, Lanes::mul(factor, read_some(kind, from, i, width - i)));
+    }
+}
+
+inline void widen(const void* x, float* out, int64_t count, int part, int parts) {
+    const auto own = vectors(count, part, parts);
+    for (int64_t i = own.first; i < own.last; i += 16)
+        write_some(Activation::f32, out, i, own.last - i, read_some(Activation::bf16, x, i, own.last - i));
+}
+
 }  // namespace

@@ -20,7 +20,9 @@ from lineshaft.engine import preflight as engine_preflight
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import attention_flops, cost_of
 from lineshaft.model.hf.config import to_hf
-from lineshaft.ops.table import STEADY
+from lineshaft.model.operators import ops_used
+from lineshaft.ops.isa import library
+from lineshaft.ops.table import chosen, steady
 from lineshaft.train import preflight as train_preflight
 
 BILLION = {**LLAMA, "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "vocab_size": 128000}
@@ -30,7 +32,6 @@ BILLION["max_position_embeddings"] = 8192
 FLOAT32 = ["--sequence-tokens", "256", "--set", "train.loop.precision=float32"]
 
 CACHE = ["--set", "engine.cache_bytes=536870912"]
-SERVED = ("linear", "rms_norm", "rope", "silu_mul", "tile_gqa")
 
 
 def check(*args: str | Path) -> tuple[int, str]:
@@ -83,7 +84,9 @@ def test_the_json_holds_the_exact_figures(billion: Path) -> None:
     assert shown["flops_per_token_at_context"] == cost.flops_per_token + attention_flops(config, 100) - attention_flops(config, 99)
     assert shown["peak_bytes"] == sum(shown["memory"].values())
     assert (shown["context"], shown["fits"], shown["change"]) == (100, True, [])
-    assert shown["kernels"] == {op: STEADY[op].__module__.rpartition(".")[2] if op in STEADY else "reference" for op in SERVED}
+    with steady():
+        origins = chosen("cpu")
+    assert shown["kernels"] == {op: origins[op] for op in ops_used(config, "dense", "serve", library() is not None)}
 
 
 def short_of(peak: int, mebibytes: int) -> str:

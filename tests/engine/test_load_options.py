@@ -13,7 +13,7 @@ from lineshaft.engine.loop import Engine
 from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.ops.formats import DENSE, Fp8Block
-from lineshaft.ops.packed import Packed
+from lineshaft.ops.packed import Packed, PackedHeads
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def folder(tiny: Callable[..., Decoder], tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("dequantise", "formats"), [(False, {DENSE, Fp8Block()}), (True, {DENSE})])
 def test_quantised_weights_are_kept_or_decoded(dequantise: bool, formats: set[object], folder: Path) -> None:
     engine = Engine.load(folder, EngineConfig(dequantise=dequantise))
-    held = {linear.format.origin if isinstance(linear.format, Packed) else linear.format for linear in engine.model.linears().values()}
+    held = {linear.format.origin if isinstance(linear.format, Packed | PackedHeads) else linear.format for linear in engine.model.linears().values()}
     assert held == formats
 
 

@@ -100,7 +100,13 @@ def in_company(model: Decoder, made: list[Ask], cancelled: set[int]) -> tuple[di
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [*((family, torch.float32) for family in FAMILIES), ("llama", torch.bfloat16), ("deepseek_v3", torch.bfloat16)]
+    ("family", "dtype"),
+    [
+        *((family, torch.float32) for family in FAMILIES),
+        ("llama", torch.bfloat16),
+        ("deepseek_v3", torch.bfloat16),
+        ("qwen3_moe", torch.bfloat16),
+    ],
 )
 def test_200_staggered_requests_get_the_bits_that_each_gets_alone(tiny: Tiny, family: str, dtype: torch.dtype) -> None:
     model, made = tiny(family).to(dtype), asks()
@@ -115,6 +121,15 @@ def test_200_staggered_requests_get_the_bits_that_each_gets_alone(tiny: Tiny, fa
             length = len(heard[number].tokens)
             wanted = Told(wanted.tokens[:length], wanted.chances[:length])
         assert heard[number] == wanted, f"request {number} of {family}"
+
+
+@pytest.mark.skipif(library() is None, reason="no native kernels here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama", "qwen3_moe"])
+def test_nothing_of_pytorch_stands_between_the_kernels_of_a_step(tiny: Tiny, family: str, dtype: torch.dtype) -> None:
+    step = engine_of(tiny(family).to(dtype), 60).runner.native
+    assert step is not None
+    assert step.told().startswith("steps are recorded"), step.obstacle
 
 
 @pytest.mark.usefixtures("pytorch_alone")
@@ -138,10 +153,13 @@ def test_the_comparison_finds_a_planted_bug(tiny: Tiny, planted: str, monkeypatc
 
 
 @pytest.mark.skipif(library() is None, reason="no native kernels here")
-@pytest.mark.parametrize("op", ["packed_linear", "paged_attention"])
-def test_the_comparison_finds_a_planted_bug_in_a_native_kernel(tiny: Tiny, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "op"),
+    [("llama", "packed_linear"), ("llama", "paged_attention"), ("deepseek_v3", "packed_by_head"), ("qwen3_moe", "experts")],
+)
+def test_the_comparison_finds_a_planted_bug_in_a_native_kernel(tiny: Tiny, family: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "NATIVE", {**table.NATIVE, op: getattr(reference, op)})  # adds up by shape, as PyTorch does
-    _differs(tiny("llama"))
+    _differs(tiny(family))
 
 
 def _differs(model: Decoder) -> None:

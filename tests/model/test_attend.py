@@ -298,9 +298,9 @@ def test_absorbed_latents_give_what_expanded_ones_give(
     scores = torch.einsum("thn,shn->hts", query.nope_THN, keys) + torch.einsum("thr,sr->hts", query.rope_THR, rotated)
     expanded = torch.einsum("hts,shv->thv", (scores * 0.2).softmax(-1), values)
 
-    queries, up_value = query.absorb()
+    queries = query.absorbed()
     scores = torch.einsum("thc,sc->hts", queries, latents) + torch.einsum("thr,sr->hts", query.rope_THR, rotated)
-    absorbed = torch.einsum("thc,hvc->thv", torch.einsum("hts,sc->thc", (scores * 0.2).softmax(-1), latents), up_value)
+    absorbed = query.values(torch.einsum("hts,sc->thc", (scores * 0.2).softmax(-1), latents))
     assert agree(absorbed, expanded)
 
 

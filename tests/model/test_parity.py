@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lineshaft.model import attend, config, mla, moe, positions, rope
 from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.norm import RmsNorm
-from lineshaft.ops import reach
+from lineshaft.ops import experts, reach, reference
 from lineshaft.sched.request import Ask, Emitted, Sampling
 
 Get = Callable[[str], Theirs]
@@ -188,30 +189,21 @@ def no_window_at_all(patch: pytest.MonkeyPatch) -> None:
 
 
 def groups_ignored(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(moe.Router, "_within_groups", lambda self, choice: choice)
+    patch.setattr(experts, "within_groups", lambda choice, rule: choice)
 
 
 def groups_judged_like_the_other_versions(patch: pytest.MonkeyPatch) -> None:
     """By their best expert where the best two count, and the other way round."""
-    right = moe.Router._within_groups
-
-    def wrong(self: moe.Router, choice: Tensor) -> Tensor:
-        other = "softmax" if self.moe.scoring_func == "sigmoid" else "sigmoid"
-        sound, self.moe = self.moe, self.moe.model_copy(update={"scoring_func": other})
-        try:
-            return right(self, choice)
-        finally:
-            self.moe = sound
-
-    patch.setattr(moe.Router, "_within_groups", wrong)
+    right = experts.within_groups
+    patch.setattr(experts, "within_groups", lambda choice, rule: right(choice, replace(rule, sigmoid=not rule.sigmoid)))
 
 
 def softmax_for_sigmoid(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(moe.Router, "_affinity", lambda self, logits: logits.softmax(-1))
+    patch.setattr(reference, "affinity", lambda logits, rule: logits.softmax(-1))
 
 
 def sigmoid_for_softmax(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(moe.Router, "_affinity", lambda self, logits: logits.sigmoid())
+    patch.setattr(reference, "affinity", lambda logits, rule: logits.sigmoid())
 
 
 def _weighed(patch: pytest.MonkeyPatch, wrong: Callable[[moe.Router, Tensor, Tensor, Tensor], Tensor]) -> None:
@@ -226,7 +218,7 @@ def _weighed(patch: pytest.MonkeyPatch, wrong: Callable[[moe.Router, Tensor, Ten
 
 
 def weights_not_scaled(patch: pytest.MonkeyPatch) -> None:
-    _weighed(patch, lambda self, weights, x, experts: weights / self.moe.routed_scaling_factor)
+    _weighed(patch, lambda self, weights, x, experts: weights / self.rule.scaling)
 
 
 def weights_made_to_sum_to_one(patch: pytest.MonkeyPatch) -> None:
@@ -237,7 +229,7 @@ def bias_in_the_weights(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: moe.Router, weights: Tensor, x: Tensor, experts: Tensor) -> Tensor:
         assert self.e_score_correction_bias is not None
         weights = (F.linear(x, self.weight).sigmoid() + self.e_score_correction_bias).gather(1, experts)
-        return weights / weights.sum(-1, keepdim=True) * self.moe.routed_scaling_factor
+        return weights / weights.sum(-1, keepdim=True) * self.rule.scaling
 
     _weighed(patch, wrong)
 
@@ -246,7 +238,7 @@ def bias_not_in_the_choice(patch: pytest.MonkeyPatch) -> None:
     right = moe.Router.forward
 
     def wrong(self: moe.Router, x: Tensor) -> tuple[Tensor, Tensor]:
-        self.e_score_correction_bias = torch.zeros(self.moe.n_routed_experts)
+        self.e_score_correction_bias = torch.zeros(len(self.weight))
         return right(self, x)
 
     patch.setattr(moe.Router, "forward", wrong)
@@ -327,5 +319,6 @@ def test_a_planted_bug_turns_the_comparison_red(
     plant: Callable[[pytest.MonkeyPatch], None], name: str, theirs: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = theirs(name).logits(prompt(TOKENS))
+    monkeypatch.setattr(rope, "_speeds", rope._speeds.__wrapped__)  # what was worked out before the bug is not to be remembered
     plant(monkeypatch)
     assert not agree(logits_of(load_checkpoint(theirs(name).folder), prompt(TOKENS)), expected)

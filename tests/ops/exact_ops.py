@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import expert_cases
 import native_cases
 import numpy as np
 import torch
@@ -135,7 +137,8 @@ def exact_paged_attention(
     return torch.cat(outs)
 
 
-EXACT: dict[str, Callable[..., Tensor]] = {
+EXACT: dict[str, Callable[..., Any]] = {
+    **expert_cases.EXACT,
     "linear": exact_linear,
     "linear_int": exact_linear_int,
     "linear_int_a8": exact_linear_int_a8,

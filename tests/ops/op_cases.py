@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import native_cases
 import torch
+from expert_cases import ExpertShapes
 from hypothesis import strategies as st
 from integer_cases import integers
 from masks import reaches
@@ -16,7 +17,7 @@ Arguments = tuple[object, ...]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-class Shapes:
+class Shapes(ExpertShapes):
     """Draws the arguments of each op: odd widths, one row or none, pages half full."""
 
     def __init__(self, draw: st.DrawFn, dtype: torch.dtype) -> None:

@@ -66,7 +66,7 @@ class PagedAttend:
         group = self.cache.group_of[layer]
         self.cache.write(layer, self.slots[group], *kept)
         pages, *index_pages = self.cache.parts[layer]
-        q_THC, up_value_HVC = query.absorb()
+        q_THC = query.absorbed()
         latents: list[Tensor] = []
         for span in self.spans[group]:
             q, q_rope, last = q_THC[span.rows], query.rope_THR[span.rows], span.first + span.rows.stop - span.rows.start
@@ -76,4 +76,4 @@ class PagedAttend:
             keys_SD = ops.paged_rows(index_pages[0], span.table, torch.arange(last))
             for rows, chosen_TS in index.of(span.rows).tiles(keys_SD, reach):
                 latents.append(ops.paged_chosen_mla(q[rows], q_rope[rows], pages, span.table, chosen_TS, scale))
-        return ops.by_head(torch.cat(latents), up_value_HVC.transpose(1, 2))
+        return query.values(torch.cat(latents))

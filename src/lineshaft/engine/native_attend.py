@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lineshaft.engine.buffers import StepBuffers
@@ -53,9 +52,8 @@ class NativeAttend:
         """See model.attend.Attend. Absorbs the up-projection: nothing is expanded, however long the context."""
         assert index is None  # see can_attend
         group = self._groups[self.cache.group_of[layer]]
-        self.cache.write(layer, group.slots_T[: self._tokens], torch.cat([latent_TC, k_rope_TR], -1))
+        self.cache.write(layer, group.slots_T[: self._tokens], ops.join(latent_TC, k_rope_TR))
         pages = self.cache.parts[layer][0][:, :, None]
-        q_THC, up_value_HVC = query.absorb()
-        q_THE, latent = torch.cat([q_THC, query.rope_THR], -1), q_THC.shape[-1]
+        q_THE, latent = ops.join(query.absorbed(), query.rope_THR), latent_TC.shape[-1]
         out_THC = ops.paged_attention(q_THE, pages, pages[..., :latent], group.chunks_C4, group.tables, scale, reach, group.count_1)
-        return ops.by_head(out_THC, up_value_HVC.transpose(1, 2))
+        return query.values(out_THC)

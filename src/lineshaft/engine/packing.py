@@ -7,20 +7,23 @@ from itertools import chain
 
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.linear import Linear
+from lineshaft.model.mla import MlaBlock
+from lineshaft.model.moe import OutputGate, Router
 from lineshaft.ops.isa import library
 from lineshaft.ops.packed import packed_of
-
-ABSORBED = "kv_b_proj"
-"""Never multiplied by as a whole while serving: attention takes the queries through it (model/attend.py), head by head."""
 
 
 def pack(model: Decoder) -> None:
     """Replace every weight that the kernels take by its packed form, layer by layer, so that no two copies of all are in memory."""
     if library() is None:
         return
-    for name, linear in model.linears().items():
-        if not name.endswith(ABSORBED):
-            linear.pack()
+    dtype, taken = model.model.embed_tokens.weight.dtype, set()
+    for module in model.modules():  # a block comes before its parts
+        if isinstance(module, MlaBlock):  # its up-projection is never multiplied by as a whole (model/attend.py)
+            module.kv_b_proj.pack_by_head(module.heads, module.nope, dtype)
+            taken.add(module.kv_b_proj)
+        elif isinstance(module, Linear | Router | OutputGate) and module not in taken:
+            module.pack()
     if model.lm_head is None and (found := packed_of(Linear(0, 0).format, {"weight": model.model.embed_tokens.weight})):
         head = Linear(0, 0)
         head.in_features, head.out_features = model.config.hidden_size, model.config.vocab_size

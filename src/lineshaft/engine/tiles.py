@@ -79,14 +79,14 @@ class TiledAttend:
         entry_TE = torch.cat([latent_TC, k_rope_TR], -1)
         self.cache.write(layer, self._slots[group], entry_TE[real], *([] if index is None else [index.key_TD[real]]))
         pages, *index_pages = self.cache.parts[layer]
-        q_THC, up_value_HVC = query.absorb()
+        q_THC = query.absorbed()
         q_THE, latent = torch.cat([q_THC, query.rope_THR], -1), q_THC.shape[-1]
         out_THC = torch.zeros_like(q_THC)
         for tiles in self._tiles[group]:
             seen = tiles.seen_NMS if index is None else _chosen(index, index_pages[0], tiles)
             out = ops.tile_mla(q_THE[tiles.rows_NM], pages, tiles.slots_NS, seen, scale, latent)
             out_THC[tiles.rows_NM.flatten()] = out.flatten(0, 1)
-        return ops.by_head(out_THC, up_value_HVC.transpose(1, 2))
+        return query.values(out_THC)
 
 
 def _chosen(index: IndexQuery, pages: Tensor, tiles: Tiles) -> Tensor:

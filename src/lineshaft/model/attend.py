@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lineshaft.model.linear import Linear
 from lineshaft.ops import table as ops
+from lineshaft.ops.packed import PackedHeads
 from lineshaft.ops.reach import Reach
 from lineshaft.ops.reference import sees_all
 
@@ -99,11 +100,25 @@ class LatentQuery:
         keys, values = self.up(latent_SC).view(len(latent_SC), self.nope_THN.shape[1], -1).split_with_sizes(self._widths(), -1)
         return keys, values
 
-    def absorb(self) -> tuple[Tensor, Tensor]:
-        """Queries against latents [T, H, C], and the value half of the up-projection [H, V, C]."""
+    def absorbed(self) -> Tensor:
+        """Queries against latents [T, H, C]."""
+        packed = self.up.format
+        if isinstance(packed, PackedHeads):
+            return ops.packed_by_head(self.nope_THN, self.up.tensors()["packed_keys"], packed.keys)
+        return ops.by_head(self.nope_THN, self._halves()[0])
+
+    def values(self, out_THC: Tensor) -> Tensor:
+        """What attention over latents gives, taken through the value half of the up-projection: [T, H, V]."""
+        packed = self.up.format
+        if isinstance(packed, PackedHeads):
+            return ops.packed_by_head(out_THC, self.up.tensors()["packed_values"], packed.values)
+        return ops.by_head(out_THC, self._halves()[1].transpose(1, 2))
+
+    def _halves(self) -> tuple[Tensor, Tensor]:
+        """Key and value half of the up-projection, [H, N, C] and [H, V, C]."""
         weight_HWC = self.up.dense_weight(self.nope_THN.dtype).view(self.nope_THN.shape[1], -1, self.up.in_features)
         up_key_HNC, up_value_HVC = weight_HWC.split_with_sizes(self._widths(), 1)
-        return ops.by_head(self.nope_THN, up_key_HNC), up_value_HVC
+        return up_key_HNC, up_value_HVC
 
     def _widths(self) -> list[int]:
         heads, nope = self.nope_THN.shape[1:]
@@ -171,8 +186,8 @@ class PackedCausal:
         """See Attend. Expands the latents."""
         k_nope_THN, v_THV = query.expand(latent_TC)
         heads = query.nope_THN.shape[1]
-        k_THD = torch.cat([k_nope_THN, k_rope_TR[:, None].expand(-1, heads, -1).to(k_nope_THN.dtype)], -1)
-        q_THD = torch.cat([query.nope_THN, query.rope_THR], -1)
+        k_THD = ops.join(k_nope_THN, k_rope_TR[:, None].expand(-1, heads, -1).to(k_nope_THN.dtype))
+        q_THD = ops.join(query.nope_THN, query.rope_THR)
         if index is None or all(own.stop - own.start <= index.top_k for own in self.documents):
             return self.gqa(layer, q_THD, k_THD, v_THV, scale, reach)
         return torch.cat([self._chosen(q_THD[own], k_THD[own], v_THV[own], scale, reach, index.of(own)) for own in self.documents])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lineshaft.ops.formats import DENSE, Format
-from lineshaft.ops.packed import packed_of
+from lineshaft.ops.packed import PackedHeads, packed_heads_of, packed_of
 
 
 class Linear(nn.Module):
@@ -54,6 +54,13 @@ class Linear(nn.Module):
             self.hold(found[0], {"packed": found[1]})
             if self.bias is not None:
                 self.bias = nn.Parameter(self.bias.float(), requires_grad=False)  # as the kernels add it
+
+    def pack_by_head(self, heads: int, nope: int, dtype: torch.dtype) -> None:
+        """The same for an up-projection of latent attention, for products with each head's halves in this dtype."""
+        if isinstance(self.format, PackedHeads):
+            return
+        if (found := packed_heads_of(self.format, self.dense_weight(dtype), heads, nope)) is not None:
+            self.hold(*found)
 
     def reserve(self, fmt: Format) -> None:
         """Make room for a weight in this format, to be loaded from a checkpoint."""

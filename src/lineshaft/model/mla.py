@@ -32,6 +32,7 @@ class MlaBlock(nn.Module):
         self.nope, self.rope, self.latent, self.interleaved = a.qk_nope_head_dim, a.qk_rope_head_dim, a.kv_lora_rank, a.rope_interleave
         stretch = config.rope_scaling.score_scale if isinstance(config.rope_scaling, Yarn) else 1.0
         self.scale, self.reach = (self.nope + self.rope) ** -0.5 * stretch, reach
+        self.heads = a.num_attention_heads
         queries = a.num_attention_heads * (self.nope + self.rope)
         if a.q_lora_rank is None:
             self.q_proj = Linear(hidden, queries)

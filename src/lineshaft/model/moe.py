@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from lineshaft.model.config import MixtureOfExperts
 from lineshaft.model.ffn import FeedForward
 from lineshaft.ops import table as ops
+from lineshaft.ops.experts import Feeds, Rule
+from lineshaft.ops.packed import Packed
+from lineshaft.ops.packing import Shape, pack_dense
 
 
 class Router(nn.Module):
@@ -27,7 +30,10 @@ class Router(nn.Module):
     def __init__(self, hidden: int, moe: MixtureOfExperts) -> None:
         super().__init__()
         self.moe = moe
+        groups = moe.n_group, moe.topk_group
+        self.rule = Rule(moe.num_experts_per_tok, moe.scoring_func == "sigmoid", *groups, moe.norm_topk_prob, moe.routed_scaling_factor)
         self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, hidden))
+        self.packed: tuple[Shape, Tensor] | None = None
         # Steers the choice only, never the weights; moved by `rebalance`, not by gradients.
         bias = torch.zeros(moe.n_routed_experts) if moe.scoring_func == "sigmoid" else None
         self.register_buffer("e_score_correction_bias", bias)
@@ -37,37 +43,23 @@ class Router(nn.Module):
     def forward(self, x_TI: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [T, top] in float32 and experts [T, top] of each token."""
         with torch.autocast(x_TI.device.type, enabled=False):
-            affinity_TE = self._affinity(ops.linear(x_TI.float(), self.weight.float(), None))
-        expert_TK = self._choose(affinity_TE.detach())
-        weight_TK = affinity_TE.gather(1, expert_TK)
-        if self.moe.norm_topk_prob:
-            weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+            weight_TK, expert_TK = ops.route(self._logits(x_TI), self.e_score_correction_bias, self.rule)
         if self.training:
             self.load += torch.bincount(expert_TK.flatten(), minlength=len(self.load))
-        return weight_TK * self.moe.routed_scaling_factor, expert_TK
+        return weight_TK, expert_TK
 
-    def _affinity(self, logits_TE: Tensor) -> Tensor:
-        return ops.sigmoid(logits_TE) if self.moe.scoring_func == "sigmoid" else logits_TE.softmax(-1)
+    def _logits(self, x_TI: Tensor) -> Tensor:
+        """[T, E], always in float32: a choice hangs on it."""
+        if self.packed is None:
+            return ops.linear(x_TI.float(), self.weight.float(), None)
+        return ops.packed_linear(ops.widen(x_TI), self.packed[1], self.packed[0], None, False)
 
-    def _choose(self, affinity_TE: Tensor) -> Tensor:
-        """Experts [T, top] of the highest affinity, balancing bias included, among those of the best groups."""
-        if self.e_score_correction_bias is not None:
-            affinity_TE = affinity_TE + self.e_score_correction_bias
-        return self._within_groups(affinity_TE).topk(self.moe.num_experts_per_tok, sorted=False).indices
-
-    def _within_groups(self, choice_TE: Tensor) -> Tensor:
-        """Rule out experts outside the best groups.
-
-        A group is as good as the sum of its best two experts (DeepSeek-V3), or with softmax as its best one (DeepSeek-V2).
-        """
-        if self.moe.n_group == 1:
-            return choice_TE
-        grouped_TGE = choice_TE.view(len(choice_TE), self.moe.n_group, -1)
-        judges = 2 if self.moe.scoring_func == "sigmoid" else 1
-        worth_TG = grouped_TGE.topk(judges, -1).values.sum(-1)
-        groups = worth_TG.topk(self.moe.topk_group, -1, sorted=False).indices
-        keep_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter_(1, groups, True)
-        return grouped_TGE.masked_fill(~keep_TG[:, :, None], -torch.inf).flatten(1)
+    def pack(self) -> None:
+        """Lay the weight out for the native kernels, where they can take it; training would not see it."""
+        if self.packed is None:
+            self.packed = pack_dense(self.weight.detach().float())
+        if self.packed is not None and self.e_score_correction_bias is not None:
+            self.e_score_correction_bias = self.e_score_correction_bias.float()
 
     def rebalance(self, speed: float) -> None:
         """Move the bias, where there is one, by `speed` towards equal load and forget the counts (section 2.1.2)."""
@@ -95,14 +87,31 @@ class ExpertBlock(nn.Module):
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, hidden] to [T, hidden]."""
         weight_TK, expert_TK = self.gate(x_TI)
-        out = self._routed(x_TI, weight_TK.to(x_TI.dtype), expert_TK)
+        feeds = self._feeds()
+        if feeds is None:
+            out_TI = self._routed(x_TI, weight_TK.to(x_TI.dtype), expert_TK)
+        else:
+            out_TI = ops.experts(x_TI, weight_TK, expert_TK, feeds)
         if self.shared_experts is not None:
-            out = out + self.shared_experts(x_TI)
+            out_TI = ops.add(out_TI, self.shared_experts(x_TI))
         if self.shared_expert is not None and self.shared_expert_gate is not None:
-            out = out + ops.sigmoid(self.shared_expert_gate(x_TI)) * self.shared_expert(x_TI)
+            out_TI = ops.add(out_TI, ops.scaled(self.shared_expert(x_TI), ops.sigmoid(self.shared_expert_gate(x_TI))))
         for added in self.added_experts:
-            out = out + added(x_TI)
-        return out
+            out_TI = ops.add(out_TI, added(x_TI))
+        return out_TI
+
+    def _feeds(self) -> Feeds | None:
+        """The experts as one op takes them: packed, of one shape, without biases. None where they are not so."""
+        first: Any = self.experts[0]
+        wide, down = first.gate_proj.format, first.down_proj.format
+        if not (isinstance(wide, Packed) and isinstance(down, Packed)):
+            return None
+        gates, ups, downs = ([getattr(expert, name) for expert in self.experts] for name in ("gate_proj", "up_proj", "down_proj"))
+        alike = all(linear.format == wide for linear in gates + ups) and all(linear.format == down for linear in downs)
+        if not alike or any(linear.bias is not None for linear in gates + ups + downs):
+            return None
+        packed_gates, packed_ups, packed_downs = (tuple(linear.packed for linear in linears) for linears in (gates, ups, downs))
+        return Feeds(packed_gates, packed_ups, packed_downs, wide.shape, down.shape, wide.whole, down.whole)
 
     def _routed(self, x_TI: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
         """Sort the (token, expert) pairs by expert, run each expert once over its run, put the results back in place."""
@@ -125,10 +134,17 @@ class OutputGate(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, hidden))
+        self.packed: tuple[Shape, Tensor] | None = None
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, hidden] to [T, 1]."""
-        return ops.linear(x_TI, self.weight, None)
+        if self.packed is None:
+            return ops.linear(x_TI, self.weight, None)
+        return ops.packed_linear(x_TI, self.packed[1], self.packed[0], None, False)
+
+    def pack(self) -> None:
+        """Lay the weight out for the native kernels, where they can take it; training would not see it."""
+        self.packed = pack_dense(self.weight.detach())
 
 
 class AddedExpert(nn.Module):
@@ -146,7 +162,7 @@ class AddedExpert(nn.Module):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, hidden] to [T, hidden]."""
-        return self.gate(x_TI) * self.expert(x_TI)
+        return ops.scaled(self.expert(x_TI), self.gate(x_TI))
 
 
 def permuted(x: Tensor, order: Tensor, back: Tensor) -> Tensor:

@@ -14,18 +14,41 @@ def ops_used(config: ModelConfig, fmt: str, task: Literal["serve", "train"], nat
     """
     whole = "linear_int_a8" if fmt.endswith("-a8") else "linear_int"
     coded = {"int8": whole, "int4": whole, "fp8": "linear_fp8"}.get(fmt.partition("-")[0])
-    found = {"embed", "angles", "linear", "rms_norm", "rope", "silu_mul", "add"}
-    if config.moe is not None and (config.moe.scoring_func == "sigmoid" or config.moe.shared_expert_intermediate_size):
-        found.add("sigmoid")
+    found = {"embed", "angles", "linear", "rms_norm", "rope", "silu_mul", "add"} | _mixed(config)
     latent = isinstance(config.attention, LatentAttention)
     indexer = isinstance(config.attention, LatentAttention) and config.attention.indexer is not None
     if task == "train":
-        found |= {"rows_gqa", "reach_gqa"} | ({"attention"} if indexer else set())
+        found |= {"rows_gqa", "reach_gqa", *(["join"] if latent else [])} | ({"attention"} if indexer else set())
         return sorted(found)
-    found |= {coded} if coded else set()
-    found |= {"write_pages", *(["by_head"] if latent else [])}
+    found |= {"write_pages", *([coded] if coded else []), *(["by_head"] if latent else [])}
     if native:
-        found |= {"packed_linear"}
-        found -= {"linear_int", "linear_int_a8"} | (set() if config.moe or indexer else {"linear"})
+        found = _by_native_kernels(config, found)
     found.add("paged_attention" if native and not indexer else "tile_mla" if latent else "tile_gqa")
     return sorted(found)
+
+
+def _mixed(config: ModelConfig) -> set[str]:
+    """Of a mixture of experts, beside those of its feed-forward blocks."""
+    moe = config.moe
+    if moe is None:
+        return set()
+    gated = bool(moe.shared_expert_intermediate_size)
+    return {"route", *(["sigmoid"] if gated else []), *(["scaled"] if gated or moe.n_added_experts else [])}
+
+
+def _by_native_kernels(config: ModelConfig, found: set[str]) -> set[str]:
+    """Weights that the kernels take are packed; what is not (FP8, odd widths, an indexer's own) stays as it is."""
+    a, moe, layers = config.attention, config.moe, range(config.num_hidden_layers)
+    found = found - {"linear", "linear_int", "linear_int_a8"} | {"packed_linear"}
+    if isinstance(a, LatentAttention):
+        if a.qk_nope_head_dim % 4 == 0 and a.kv_lora_rank % 4 == 0:
+            found = found - {"by_head"} | {"packed_by_head"}
+        found.add("linear" if a.indexer else "join")
+    if moe is not None:
+        found.add("widen")
+        if "linear_fp8" not in found:
+            found.add("experts")
+            beside = moe.n_shared_experts or moe.shared_expert_intermediate_size or moe.n_added_experts
+            if not beside and all(config.is_moe_layer(layer) for layer in layers):
+                found.remove("silu_mul")
+    return found

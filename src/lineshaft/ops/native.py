@@ -19,11 +19,11 @@ from lineshaft.ops.recording import result
 
 def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, whole: bool) -> Tensor:
     """See `reference.packed_linear`."""
-    kind, x_TI = checks.float_of(x_TI), _rows_of(x_TI)
-    checks.linear(x_TI, packed, shape, bias_O, _library().packed_bytes(*shape.native), whole)
+    kind, x_TI = checks.float_of(x_TI), rows_of(x_TI)
+    checks.linear(x_TI, packed, shape, bias_O, native_library().packed_bytes(*shape.native), whole)
     out_TO = result((len(x_TI), shape.outputs), x_TI.dtype)
     bias = None if bias_O is None else bias_O.float().contiguous()
-    _library().linear(
+    native_library().linear(
         *shape.native,
         packed.data_ptr(),
         0 if bias is None else bias.data_ptr(),
@@ -41,20 +41,20 @@ def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | N
 def rms_norm(x: Tensor, weight_I: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`."""
     checks.norm(x, weight_I)
-    kind, rows_TI, weight_I = checks.float_of(x), _rows_of(x.flatten(0, -2)), weight_I.contiguous()
+    kind, rows_TI, weight_I = checks.float_of(x), rows_of(x.flatten(0, -2)), weight_I.contiguous()
     (rows, width), out = rows_TI.shape, result(x.shape, x.dtype)
     weight, tokens = (checks.float_of(weight_I), weight_I.data_ptr()), len(x)
     per_token = rows // tokens if tokens else 1
-    _library().norm(kind, rows_TI.data_ptr(), rows_TI.stride(0), *weight, eps, out.data_ptr(), width, tokens, per_token, width)
+    native_library().norm(kind, rows_TI.data_ptr(), rows_TI.stride(0), *weight, eps, out.data_ptr(), width, tokens, per_token, width)
     return out
 
 
 def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
     """See `reference.rope`."""
     checks.rope(x_THD, cos_TR, sin_TR)
-    kind, x_THD, cos_TR, sin_TR = checks.float_of(x_THD), _rows_of(x_THD), cos_TR.contiguous(), sin_TR.contiguous()
+    kind, x_THD, cos_TR, sin_TR = checks.float_of(x_THD), rows_of(x_THD), cos_TR.contiguous(), sin_TR.contiguous()
     out = result(x_THD.shape, x_THD.dtype)
-    _library().rope(
+    native_library().rope(
         kind, x_THD.data_ptr(), *x_THD.stride()[:2], cos_TR.data_ptr(), sin_TR.data_ptr(), interleaved, out.data_ptr(), *x_THD.shape
     )
     return out
@@ -65,7 +65,7 @@ def silu_mul(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     checks.alike("silu_mul", gate_TI, up_TI)
     gate_TI, up_TI = gate_TI.contiguous(), up_TI.contiguous()
     out = result(gate_TI.shape, gate_TI.dtype)
-    _library().silu_mul(checks.float_of(gate_TI), gate_TI.data_ptr(), up_TI.data_ptr(), out.data_ptr(), *_tokens_and_width(out))
+    native_library().silu_mul(checks.float_of(gate_TI), gate_TI.data_ptr(), up_TI.data_ptr(), out.data_ptr(), *_tokens_and_width(out))
     return out
 
 
@@ -74,7 +74,7 @@ def add(x_TI: Tensor, y_TI: Tensor) -> Tensor:
     checks.alike("add", x_TI, y_TI)
     x_TI, y_TI = x_TI.contiguous(), y_TI.contiguous()
     out = result(x_TI.shape, x_TI.dtype)
-    _library().add(checks.float_of(x_TI), x_TI.data_ptr(), y_TI.data_ptr(), out.data_ptr(), *_tokens_and_width(out))
+    native_library().add(checks.float_of(x_TI), x_TI.data_ptr(), y_TI.data_ptr(), out.data_ptr(), *_tokens_and_width(out))
     return out
 
 
@@ -83,7 +83,7 @@ def embed(tokens_T: Tensor, weight_VI: Tensor) -> Tensor:
     checks.float_of(weight_VI)
     weight_VI = weight_VI.contiguous()
     out_TI = result((len(tokens_T), weight_VI.shape[1]), weight_VI.dtype)
-    _library().take_rows(
+    native_library().take_rows(
         weight_VI.data_ptr(), weight_VI.stride(0) * weight_VI.itemsize, tokens_T.data_ptr(), out_TI.data_ptr(), len(tokens_T)
     )
     return out_TI
@@ -94,17 +94,17 @@ def angles(positions_T: Tensor, speed_R: Tensor, length: float) -> Tensor:
     out_2TR = result((2, len(positions_T), speed_R.shape[-1]), torch.float32)
     cos, sin = out_2TR.data_ptr(), out_2TR.data_ptr() + out_2TR.stride(0) * out_2TR.itemsize
     stride, count = (0 if speed_R.dim() == 1 else speed_R.stride(0)), speed_R.shape[-1]
-    _library().angles(positions_T.data_ptr(), speed_R.data_ptr(), stride, count, length, cos, sin, len(positions_T))
+    native_library().angles(positions_T.data_ptr(), speed_R.data_ptr(), stride, count, length, cos, sin, len(positions_T))
     return out_2TR
 
 
 def write_pages(pages: Tensor, slots_T: Tensor, entry: Tensor) -> Tensor:
     """See `reference.write_pages`."""
-    entry, flat = _rows_of(entry.flatten(1)), pages.flatten(0, 1).flatten(1)
+    entry, flat = rows_of(entry.flatten(1)), pages.flatten(0, 1).flatten(1)
     if entry.dtype != pages.dtype or entry.shape[1] != flat.shape[1] or slots_T.dtype != torch.int64:
         raise ValueError(f"write_pages: {list(entry.shape)} {entry.dtype} into pages of {list(pages.shape)} {pages.dtype}")
     size, width = entry.itemsize, entry.shape[1]
-    _library().put_rows(entry.data_ptr(), entry.stride(0) * size, width * size, slots_T.data_ptr(), flat.data_ptr(), len(entry))
+    native_library().put_rows(entry.data_ptr(), entry.stride(0) * size, width * size, slots_T.data_ptr(), flat.data_ptr(), len(entry))
     return pages
 
 
@@ -126,7 +126,7 @@ def paged_attention(
     kv_heads, values = pages_v.shape[-2:]
     count_1 = torch.tensor([len(chunks_C4)]) if count_1 is None else count_1
     out_THV = result((len(q_THD), heads, values), q_THD.dtype)
-    _library().attention(
+    native_library().attention(
         kind,
         q_THD.data_ptr(),
         q_THD.stride(0),
@@ -165,12 +165,13 @@ def _numbers(reach: Reach) -> tuple[int, int, int, int]:
     return 0, 0, 0, 0
 
 
-def _library() -> Any:
+def native_library() -> Any:
+    """The library; the table holds these kernels only where it is there."""
     found = library()
-    assert found is not None  # the table holds these kernels only where it is there
+    assert found is not None
     return found
 
 
-def _rows_of(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """With the channels of a row side by side."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

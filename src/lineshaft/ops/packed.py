@@ -47,6 +47,62 @@ class Packed:
         return f"{self.origin.describe()}, packed"
 
 
+@dataclass(frozen=True)
+class PackedHeads:
+    """The up-projection of latent attention, [H * (N + V), C]: for each head its key half, turned round, and its value half.
+
+    Both are dense, whatever the origin: scales along the latent would stand across the key half once it is turned.
+    """
+
+    origin: Format
+    """What the checkpoint has."""
+    keys: Shape
+    """[C, N] of each head."""
+    values: Shape
+    """[V, C] of each head."""
+    tensor_names: tuple[str, ...] = ("packed_keys", "packed_values")
+
+    def encode(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        """See Format."""
+        kept = self.origin.decode(self.origin.encode(weight_OI), torch.float32 if self.keys.kind == "float32" else torch.bfloat16)
+        made = packed_heads_of(self.origin, kept, len(weight_OI) // (self.keys.inputs + self.values.outputs), self.keys.inputs)
+        assert made is not None
+        return made[1]
+
+    def empty(self, outputs: int, inputs: int) -> dict[str, Tensor]:
+        """See Format."""
+        return self.encode(torch.zeros(outputs, inputs))
+
+    def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """See Format."""
+        parts: list[Tensor] = []
+        for key, value in zip(tensors["packed_keys"], tensors["packed_values"], strict=True):
+            parts += [packing.unpack(key, self.keys).T, packing.unpack(value, self.values)]
+        return torch.cat(parts).to(dtype)
+
+    def matmul(self, x_TI: Tensor, tensors: Mapping[str, Tensor], bias_O: Tensor | None) -> Tensor:
+        """See Format. Serving never multiplies by the whole of it (model/attend.LatentQuery)."""
+        return table.linear(x_TI, self.decode(tensors, x_TI.dtype), bias_O)
+
+    def describe(self) -> str:
+        """See Format."""
+        return f"{self.origin.describe()}, packed by head"
+
+
+def packed_heads_of(fmt: Format, weight_OI: Tensor, heads: int, nope: int) -> tuple[PackedHeads, dict[str, Tensor]] | None:
+    """The packed form of an up-projection for `heads` heads of `nope` key channels; None where the kernels can't take it."""
+    weight_HWC = weight_OI.detach().view(heads, -1, weight_OI.shape[1])
+    keys = [packing.pack_dense(weight_WC[:nope].T) for weight_WC in weight_HWC]
+    values = [packing.pack_dense(weight_WC[nope:]) for weight_WC in weight_HWC]
+    if keys[0] is None or values[0] is None:
+        return None
+    tensors = {
+        "packed_keys": torch.stack([made[1] for made in keys if made is not None]),
+        "packed_values": torch.stack([made[1] for made in values if made is not None]),
+    }
+    return PackedHeads(fmt, keys[0][0], values[0][0]), tensors
+
+
 def packed_of(fmt: Format, tensors: Mapping[str, Tensor]) -> tuple[Packed, Tensor] | None:
     """The packed form of a weight; None where the kernels can't take it."""
     if isinstance(fmt, Dense):

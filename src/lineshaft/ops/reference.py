@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lineshaft.ops.experts import Feeds, Rule, affinity, routed
 from lineshaft.ops.integers import integers, rounded
 from lineshaft.ops.packing import Shape, unpack
 from lineshaft.ops.reach import Reach, Span, Window
@@ -106,6 +107,21 @@ def silu_mul(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
 def add(x_TI: Tensor, y_TI: Tensor) -> Tensor:
     """x + y."""
     return x_TI + y_TI
+
+
+def scaled(x_TI: Tensor, factor_T1: Tensor) -> Tensor:
+    """Each token times a number of its own."""
+    return factor_T1 * x_TI
+
+
+def widen(x_TI: Tensor) -> Tensor:
+    """In float32."""
+    return x_TI.float()
+
+
+def join(a_TA: Tensor, b_TB: Tensor) -> Tensor:
+    """Two tensors [T, ..., A] and [T, ..., B] side by side: [T, ..., A + B]."""
+    return torch.cat([a_TA, b_TB], -1)
 
 
 def embed(tokens_T: Tensor, weight_VI: Tensor) -> Tensor:
@@ -243,6 +259,27 @@ def paged_attention(
 def by_head(x_THA: Tensor, weight_HAB: Tensor) -> Tensor:
     """Each head's part of a token times the head's own matrix. Result [T, H, B]."""
     return torch.einsum("tha,hab->thb", x_THA, weight_HAB)
+
+
+def packed_by_head(x_THA: Tensor, packed_HX: Tensor, shape: Shape) -> Tensor:
+    """`by_head` for weights [B, A] of each head, packed (ops/packing.py). Result [T, H, B] in the dtype of x."""
+    weight_HBA = torch.stack([unpack(packed, shape) for packed in packed_HX])
+    return torch.einsum("tha,hba->thb", x_THA.float(), weight_HBA.float()).to(x_THA.dtype)
+
+
+def route(logits_TE: Tensor, bias_E: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Weights [T, K] in float32 and experts int64 [T, K] of each token; the bias steers the choice, never the weights."""
+    return routed(affinity(logits_TE, rule), bias_E, rule)
+
+
+def experts(x_TI: Tensor, weight_TK: Tensor, expert_TK: Tensor, feeds: Feeds) -> Tensor:
+    """Each token through its K experts, their results weighted and added up. Result [T, I] in the dtype of x."""
+    y_TKI = x_TI.new_zeros(*expert_TK.shape, feeds.down.outputs)
+    for expert in sorted(set(expert_TK.flatten().tolist())):
+        rows, places = (expert_TK == expert).nonzero(as_tuple=True)
+        gate, up = (packed_linear(x_TI[rows], of[expert], feeds.wide, None, feeds.wide_whole) for of in (feeds.gates, feeds.ups))
+        y_TKI[rows, places] = packed_linear(silu_mul(gate, up), feeds.downs[expert], feeds.down, None, feeds.down_whole)
+    return (y_TKI * weight_TK.to(x_TI.dtype)[:, :, None]).sum(1)
 
 
 def tile_gqa(q_NMHD: Tensor, pages_k: Tensor, pages_v: Tensor, slots_NS: Tensor, seen_NMS: Tensor, scale: float) -> Tensor:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineshaft.ops import reference
+from lineshaft.ops.experts import Rule, routed
 from lineshaft.ops.integers import integers
 
 ROWS = 4
@@ -54,6 +55,11 @@ def silu_mul(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
 def sigmoid(x_TI: Tensor) -> Tensor:
     """See `reference.sigmoid`."""
     return _whole_vectors(x_TI).sigmoid()[: len(x_TI)]
+
+
+def route(logits_TE: Tensor, bias_E: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
+    """See `reference.route`."""
+    return routed(sigmoid(logits_TE) if rule.sigmoid else logits_TE.softmax(-1), bias_E, rule)
 
 
 def by_head(x_THA: Tensor, weight_HAB: Tensor) -> Tensor:

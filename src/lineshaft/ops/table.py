@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor
 
-from lineshaft.ops import cpu, native, reference
+from lineshaft.ops import cpu, native, native_experts, reference
 from lineshaft.ops import steady as steady_kernels
+from lineshaft.ops.experts import Feeds, Rule
 from lineshaft.ops.isa import library
 from lineshaft.ops.packing import Shape
 from lineshaft.ops.reach import Reach
 
-Kernel = Callable[..., Tensor]
+Kernel = Callable[..., Any]
 
 REFERENCE: Mapping[str, Kernel] = {
     "linear": reference.linear,
@@ -42,6 +44,12 @@ REFERENCE: Mapping[str, Kernel] = {
     "by_head": reference.by_head,
     "tile_gqa": reference.tile_gqa,
     "tile_mla": reference.tile_mla,
+    "scaled": reference.scaled,
+    "widen": reference.widen,
+    "join": reference.join,
+    "packed_by_head": reference.packed_by_head,
+    "route": reference.route,
+    "experts": reference.experts,
     "packed_linear": reference.packed_linear,
     "write_pages": reference.write_pages,
     "paged_attention": reference.paged_attention,
@@ -63,6 +71,7 @@ STEADY: Mapping[str, Kernel] = {
     "silu_mul": steady_kernels.silu_mul,
     "sigmoid": steady_kernels.sigmoid,
     "by_head": steady_kernels.by_head,
+    "route": steady_kernels.route,
     "tile_gqa": steady_kernels.tile_gqa,
     "tile_mla": steady_kernels.tile_mla,
 }
@@ -76,6 +85,13 @@ NATIVE: Mapping[str, Kernel] = {
     "add": native.add,
     "embed": native.embed,
     "angles": native.angles,
+    "sigmoid": native_experts.sigmoid,
+    "scaled": native_experts.scaled,
+    "widen": native_experts.widen,
+    "join": native_experts.join,
+    "packed_by_head": native_experts.packed_by_head,
+    "route": native_experts.route,
+    "experts": native_experts.experts,
     "write_pages": native.write_pages,
     "paged_attention": native.paged_attention,
 }
@@ -102,14 +118,14 @@ def _steady_tables() -> Mapping[str, Mapping[str, Kernel]]:
     return {**BY_DEVICE, "cpu": {**REFERENCE, **STEADY, **(NATIVE if library() else {})}}
 
 
-def kernel(op: str, x: Tensor) -> Kernel:
+def kernel(op: str, x: Tensor) -> Callable[..., Tensor]:
     """The kernel of `op` for the device on which `x` lies; other device types run the reference."""
     return _tables.get().get(x.device.type, REFERENCE)[op]
 
 
 def chosen(device: str) -> dict[str, str]:
-    """Op to the module its kernel comes from; the server prints it when it starts."""
-    return {op: run.__module__.rsplit(".", 1)[-1] for op, run in sorted(_tables.get().get(device, REFERENCE).items())}
+    """Op to the module its kernel comes from (native of native_experts); the server prints it when it starts."""
+    return {op: run.__module__.rsplit(".", 1)[-1].partition("_")[0] for op, run in sorted(_tables.get().get(device, REFERENCE).items())}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -232,3 +248,34 @@ def paged_attention(
 ) -> Tensor:
     """See `reference.paged_attention`."""
     return kernel("paged_attention", q)(q, pages_k, pages_v, chunks, tables, scale, reach, count)
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """See `reference.scaled`."""
+    return kernel("scaled", x)(x, factor)
+
+
+def widen(x: Tensor) -> Tensor:
+    """See `reference.widen`."""
+    return kernel("widen", x)(x)
+
+
+def join(a: Tensor, b: Tensor) -> Tensor:
+    """See `reference.join`."""
+    return kernel("join", a)(a, b)
+
+
+def packed_by_head(x: Tensor, packed: Tensor, shape: Shape) -> Tensor:
+    """See `reference.packed_by_head`."""
+    return kernel("packed_by_head", x)(x, packed, shape)
+
+
+def route(logits: Tensor, bias: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
+    """See `reference.route`."""
+    weight, expert = kernel("route", logits)(logits, bias, rule)
+    return weight, expert
+
+
+def experts(x: Tensor, weight: Tensor, expert: Tensor, feeds: Feeds) -> Tensor:
+    """See `reference.experts`."""
+    return kernel("experts", x)(x, weight, expert, feeds)
