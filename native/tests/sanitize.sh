@@ -11,7 +11,7 @@ if [ -z "${BUILD:-}" ]; then
 fi
 cmake -S native -B "$BUILD" -DLINESHAFT_SANITIZE=ON -DPython_EXECUTABLE="$(command -v "$python")" \
     -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" >"$BUILD/configure.log"
-cmake --build "$BUILD" --parallel 2 >"$BUILD/build.log" || { cat "$BUILD/build.log"; exit 1; }
+cmake --build "$BUILD" --parallel 2 >"$BUILD/build.log" 2>&1 || { cat "$BUILD/build.log"; exit 1; }
 LINESHAFT_SANITIZED=$(ls "$BUILD"/_native*.so)
 export LINESHAFT_SANITIZED
 # The interpreter is not instrumented, so the sanitizer must be loaded first; what Python and torch keep until the end is no leak.

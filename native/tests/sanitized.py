@@ -1,4 +1,4 @@
-"""A pytest plugin: the library named by LINESHAFT_SANITIZED takes the place of the installed one, whichever way the package is installed."""
+"""A pytest plugin: the library that LINESHAFT_SANITIZED names takes the place of the installed one, however the package is installed."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def attend(pieces: list[Piece], reach: Reach, page: int, seed: int) -> list[Tens
 
 
 @each_isa
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_chunk_of_attention(isa: str, data: st.DataObject) -> None:
     """Alone, cut in two, beside other requests, in pages of another size."""
@@ -115,7 +115,8 @@ def test_a_chunk_of_attention(isa: str, data: st.DataObject) -> None:
     sizes = kv * shared, kv, width, data.draw(st.sampled_from([width, 7, 70]))
     lengths = st.tuples(st.sampled_from([0, 1, 40, 63, 64, 100, 130]), st.integers(2, 20))
     text, *others = (Text.of(*data.draw(lengths), sizes, dtype, seed) for seed in range(3))
-    reach = data.draw(reaches() | st.just(Causal()) | st.just(Window(window=70)) | st.just(Window(window=30, global_tokens=65)))
+    far = st.sampled_from([Causal(), Window(window=70), Window(window=30, global_tokens=65)])  # sums long enough to have an order
+    reach = data.draw(data.draw(st.sampled_from([far, far, far, reaches()])))
     pages, tokens = st.sampled_from([1, 3, 16, 64, 100]), len(text.q)
     middle = data.draw(st.integers(1, tokens - 1))
 
