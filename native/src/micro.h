@@ -25,7 +25,7 @@ inline __attribute__((always_inline)) void times(Fn fn) {
 template <class Dot, int M, int B>
 inline __attribute__((always_inline)) void accumulate(const uint32_t* a, const uint8_t* w, int64_t rows, typename Dot::Acc (&acc)[M][B]) {
     for (int64_t row = 0; row < rows; row++) {
-        if constexpr (M == 1) EACH(b, B) { __builtin_prefetch(w + kAhead + b * 64, 0, 3); });
+        EACH(b, B) { __builtin_prefetch(w + kAhead + b * 64, 0, 3); });
         typename Dot::W weights[B];
         EACH(b, B) { weights[b] = Dot::weights(w + b * 64); });
         EACH(m, M) {

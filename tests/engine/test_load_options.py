@@ -29,7 +29,8 @@ def folder(tiny: Callable[..., Decoder], tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("dequantise", "formats"), [(False, {DENSE, Fp8Block()}), (True, {DENSE})])
 def test_quantised_weights_are_kept_or_decoded(dequantise: bool, formats: set[object], folder: Path) -> None:
     engine = Engine.load(folder, EngineConfig(dequantise=dequantise))
-    held = {linear.format.origin if isinstance(linear.format, Packed | PackedHeads) else linear.format for linear in engine.model.linears().values()}
+    formats_of = (linear.format for linear in engine.model.linears().values())
+    held = {fmt.origin if isinstance(fmt, Packed | PackedHeads) else fmt for fmt in formats_of}
     assert held == formats
 
 
