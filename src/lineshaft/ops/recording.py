@@ -42,10 +42,13 @@ class Arena:
             block = block[-block.data_ptr() % 64 :][:size]
             self._blocks.append(block)
         else:
-            self._free = [other for other in self._free if other is not block]
+            self._free = [other for other in self._free if other is not block]  # by identity: tensors compare number by number
         place = (ctypes.c_char * size).from_address(block.data_ptr())
-        weakref.finalize(place, self._free.append, block)
+        weakref.finalize(place, self._give_back, block)
         return torch.frombuffer(place, dtype=dtype).view(tuple(shape))
+
+    def _give_back(self, block: Tensor) -> None:
+        self._free.append(block)
 
     @property
     def size(self) -> int:
