@@ -89,7 +89,12 @@ class Recorded:
         self._step.run(tokens)
 
 
-class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves its modes untyped
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch imports its compiler at the first operation, most of a second of a server's start."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name not in _VIEWS:
