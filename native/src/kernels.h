@@ -101,6 +101,8 @@ enum class Stage : int { sort, pack, swiglu, pack_down, down, combine };
 
 struct Kernels {
     const char* name;
+    void (*lay_words)(const void* from, int64_t stride, int64_t outputs, int64_t rows, uint8_t* group);  // lay.h
+    void (*lay_halves)(const uint8_t* from, int64_t stride, int64_t outputs, int64_t rows, uint8_t* group);
     // Activations into tiles, then the product. scratch: tokens * (inputs + scales + 1) words.
     void (*pack)(const Linear&, void* scratch, int part, int parts);
     void (*linear)(const Linear&, void* scratch, int part, int parts);

@@ -13,6 +13,7 @@ from lineshaft.engine.loop import Engine
 from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.ops.formats import DENSE, Fp8Block
+from lineshaft.ops.isa import library
 from lineshaft.ops.packed import Packed, PackedHeads
 
 
@@ -38,3 +39,12 @@ def test_the_number_of_active_experts_is_the_one_asked_for(folder: Path) -> None
     assert [router.moe.num_experts_per_tok for router in Engine.load(folder, EngineConfig(active_experts=3)).model.routers()] == [3]
     with pytest.raises(ConfigError, match="experts in reach"):
         Engine.load(folder, EngineConfig(active_experts=5))
+
+
+def test_an_engine_leaves_the_checkpoints_file_once_it_has_packed_weights(folder: Path) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or library() is None:
+        pytest.skip("needs Linux's /proc and the native kernels")
+    engine = Engine.load(folder, EngineConfig(cache_bytes=1 << 20))
+    assert next(engine.model.parameters()).isfinite().all()
+    assert str(folder / "model.safetensors") not in maps.read_text()

@@ -27,4 +27,4 @@ def load(_):
 
 
 if __name__ == "__main__":
-    sys.exit(child.main(load))
+    sys.exit(child.main(load, lambda: None))

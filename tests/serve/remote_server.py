@@ -10,12 +10,13 @@ from lineshaft.engine.config import EngineConfig
 from lineshaft.serve.remote import RemoteEngine
 from lineshaft.serve.served import Served
 from lineshaft.serve.server import ServeConfig, serve_until_stopped
+from lineshaft.serve.spawn import spawn
 
 CHILD = [sys.executable, str(Path(__file__).with_name("fake_child.py")), sys.argv[1]]
 
 
 async def start(_):
-    remote = await RemoteEngine.spawned(Path(), EngineConfig(), float(sys.argv[2]), CHILD)
+    remote = await RemoteEngine.spawned(Path(), EngineConfig(), float(sys.argv[2]), spawn(CHILD))
     await remote.wait_ready()
     return Served(remote, tokenizer())
 

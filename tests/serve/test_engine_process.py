@@ -19,7 +19,6 @@ from fake_engine import TEXT
 from world import until
 
 from lineshaft.serve import child
-from lineshaft.serve.frames import Orders
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for child processes in /proc")
 
@@ -270,6 +269,8 @@ def test_the_engines_process_sets_how_much_torch_keeps_unless_the_user_has(monke
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "to be restored")
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
-    monkeypatch.setattr("lineshaft.serve.loading.loaded", lambda *_: dict(os.environ))
-    found = child.load_engine(Orders("", {}, 0))
+    found = {}
+    monkeypatch.setattr("importlib.import_module", lambda name: found.update(os.environ, imported=name))
+    child.import_engine()
+    assert found["imported"] == "lineshaft.serve.loading"
     assert (found["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], found["LRU_CACHE_CAPACITY"]) == ("64", "7")

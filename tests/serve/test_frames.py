@@ -23,6 +23,7 @@ from lineshaft.sched.load import Load
 from lineshaft.sched.request import Ask, Emitted, Pooled, PromptScored, Refused, Sampling, Score, Started
 from lineshaft.serve.frames import Cancel, Failed, Frames, Orders, Ready, Step, Submit, ToEngine, ToServer, framed, revived
 from lineshaft.serve.remote import RemoteEngine
+from lineshaft.serve.spawn import spawn
 
 NUMBERS, TEXTS = st.integers(0, 1 << 40), st.text(max_size=8)
 NATS = st.floats(-50, 0)
@@ -113,7 +114,7 @@ READY = framed(Ready(64, 0, 0.0, 0.0, []))
 
 
 async def started(replies, child=CHILD, stall_seconds=20.0):
-    remote = await RemoteEngine.spawned(Path(), EngineConfig(), stall_seconds, [sys.executable, "-c", child, replies.hex()])
+    remote = await RemoteEngine.spawned(Path(), EngineConfig(), stall_seconds, spawn([sys.executable, "-c", child, replies.hex()]))
     assert (await remote.wait_ready()).context_tokens == 64
     return remote
 
@@ -174,7 +175,7 @@ class LargeEngine(FakeEngine):
 
 def test_a_process_that_cannot_be_started_is_an_error_of_ours():
     with pytest.raises(EngineError, match="could not be started"):
-        asyncio.run(RemoteEngine.spawned(Path(), EngineConfig(), 1.0, ["/no/such/program"]))
+        spawn(["/no/such/program"])
 
 
 def test_a_process_without_its_parent_loads_nothing():

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import sys
 
-import typer
-
-from lineshaft.cli import serving
-from lineshaft.cli.ending import run_app
-
-short = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-short.command(name="serve")(serving.serve)
-
-
-@short.callback()
-def lineshaft() -> None:
-    """A language model's whole life, from raw documents to an answering service."""
+from lineshaft.serve.spawn import spawn_ahead
 
 
 def main() -> None:
     """Entry point."""
     if sys.argv[1:2] == ["serve"]:
-        run_app(short)
+        if len(sys.argv) > 2 and "--help" not in sys.argv:  # a checkpoint is named
+            spawn_ahead()  # it imports torch while this process imports the web server
+        serve()
         return
     from lineshaft.cli import main as every  # seconds of imports, most of them torch: only for those who need them
 
     every.main()
+
+
+def serve() -> None:
+    """`lineshaft serve` alone."""
+    import typer
+
+    from lineshaft.cli import serving
+    from lineshaft.cli.ending import run_app
+
+    short = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    short.command(name="serve")(serving.serve)
+    short.callback()(_about)
+    run_app(short)
+
+
+def _about() -> None:
+    """A language model's whole life, from raw documents to an answering service."""
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from lineshaft.base.errors import RequestError, TooLong
 from lineshaft.engine.cache import PagedCache
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.packing import pack, packed_copy
+from lineshaft.engine.packing import leave_file, pack, packed_copy
 from lineshaft.engine.pool import context_of, pool_of
 from lineshaft.engine.preflight import check_room
 from lineshaft.engine.readings import Readings
@@ -61,6 +61,7 @@ class Engine:
         model = load_checkpoint(folder, dtype=dtype, dequantise=config.dequantise, active_experts=config.active_experts)
         if config.batch_invariant:
             pack(model)
+            leave_file(model)
         return cls(model, config)
 
     def submit(self, ask: Ask) -> list[int]:

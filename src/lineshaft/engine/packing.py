@@ -31,6 +31,20 @@ def pack(model: Decoder) -> None:
         model.lm_head = head
 
 
+def leave_file(model: Decoder) -> None:
+    """Copy what is not packed, so that nothing points into the checkpoint's mapping any more and the system takes its pages back.
+
+    Without native kernels nothing is packed, and the mapping is the only copy there is.
+    """
+    if library() is None:
+        return
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.clone())  # not its data: a view would keep what it is a view of
+
+
 def packed_copy(model: Decoder) -> Decoder:
     """The model with packed weights; the one given keeps its own, and shares what is not packed."""
     if library() is None:

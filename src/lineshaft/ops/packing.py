@@ -9,7 +9,6 @@ Shape letters: O outputs, I inputs, G groups of inputs, N groups of outputs, R r
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lineshaft.base.pages import place
 from lineshaft.ops.integers import Integers
 from lineshaft.ops.isa import library
 
@@ -24,7 +24,7 @@ Kind = Literal["float32", "bfloat16", "int8", "int4"]
 KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4")
 _INPUTS = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}
 _MIDDLE = {"int8": 128, "int4": 8}
-_GROUP, _ROW, _HUGE = 64, 256, 2 << 20
+_GROUP, _ROW = 64, 256
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,5 @@ def _coded(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, shape: Shape) ->
 
 
 def _memory(size: int) -> Tensor:
-    """Bytes in huge pages where the system gives them: fewer look-ups of addresses while weights stream by."""
-    pages = mmap.mmap(-1, -(-size // _HUGE) * _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE") and size >= _HUGE:
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8, count=size)
+    found = place(size)
+    return torch.frombuffer(found.memory, dtype=torch.uint8, count=size, offset=found.offset)

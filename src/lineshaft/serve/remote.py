@@ -9,7 +9,6 @@ import asyncio
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from itertools import count
@@ -20,8 +19,8 @@ from lineshaft.engine.config import EngineConfig
 from lineshaft.sched.load import Load
 from lineshaft.sched.request import Ask, Event, ends
 from lineshaft.serve.frames import Cancel, Failed, Frames, Orders, Ready, Step, Submit, ToEngine, ToServer, framed, revived
+from lineshaft.serve.spawn import Spawned
 
-COMMAND = (sys.executable, "-m", "lineshaft.serve.child")
 _PIECE = 1 << 20
 _STRANGE = "it sent a frame that does not belong here"
 _LAST_WORDS_S = 0.5
@@ -58,22 +57,10 @@ class RemoteEngine:
         return remote
 
     @classmethod
-    async def spawned(cls, folder: Path, config: EngineConfig, stall_seconds: float, command: Sequence[str] = COMMAND) -> RemoteEngine:
-        """An engine in a process of its own, whose end of the socket is its stdin. Raises EngineError when it can't be started."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:  # in this thread: the process ends with the thread that started it (PR_SET_PDEATHSIG)
-                process = subprocess.Popen(  # noqa: S603 - our own interpreter and module; it returns within milliseconds
-                    command,
-                    stdin=theirs.fileno(),
-                    stdout=2,  # what a library may print belongs to the log; our stdout may be what a parent reads
-                    process_group=0,  # Ctrl-C in a terminal is for the server alone, which drains
-                )
-            except OSError as error:
-                ours.close()
-                raise EngineError(f"the engine process could not be started: {error}") from None
-        remote = await cls.connected(ours, stall_seconds, folder, config)
-        remote.process = process
+    async def spawned(cls, folder: Path, config: EngineConfig, stall_seconds: float, spawned: Spawned) -> RemoteEngine:
+        """The engine in a process of its own, which now belongs to this object."""
+        remote = await cls.connected(spawned.connection, stall_seconds, folder, config)
+        remote.process = spawned.process
         return remote
 
     async def wait_ready(self) -> Ready:

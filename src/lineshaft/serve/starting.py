@@ -11,6 +11,7 @@ from lineshaft.engine.config import EngineConfig
 from lineshaft.serve.metrics import Metrics
 from lineshaft.serve.remote import RemoteEngine
 from lineshaft.serve.served import Served
+from lineshaft.serve.spawn import taken
 from lineshaft.text import contract
 from lineshaft.text.tokenizer import Tokenizer
 
@@ -21,7 +22,7 @@ async def started(folder: Path, engine: EngineConfig, stall_seconds: float, metr
     Raises BrokenContract when the tokenizer gives other tokens than the model was trained on, and whatever loading it raises.
     """
     async with AsyncExitStack() as stack:
-        remote = await RemoteEngine.spawned(folder, engine, stall_seconds)
+        remote = await RemoteEngine.spawned(folder, engine, stall_seconds, taken())
         stack.push_async_callback(remote.close)  # unless all goes well
         tokenizer = await asyncio.to_thread(_checked_tokenizer, folder)  # while the process begins
         ready = await remote.wait_ready()

@@ -1,0 +1,87 @@
+"""Memory in huge pages, and some of it made ready before it is wanted.
+
+The system gives memory when it is first touched. In a virtual machine whose host has taken unused memory back that was
+measured at 1 to 2 s a GiB, a hundred times what filling it takes. So a process that will need so much can have it
+touched while it still imports its libraries.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+from lineshaft.base.machine import available_memory_bytes
+
+HUGE = 2 << 20
+_LINE = 64
+"""Bytes of a cache line, at whose multiples places begin."""
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE of Linux 5.14 and later."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Bytes of a mapping, which lives as long as somebody uses one of its places."""
+
+    memory: mmap.mmap
+    offset: int
+
+
+class _Stock:
+    def __init__(self, size: int) -> None:
+        self.memory, self.used = _huge(size), 0
+
+    def fill(self) -> None:
+        """Touch all of it. Other threads run meanwhile, which mmap.madvise would not let them."""
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(len(self.memory)), _POPULATE_WRITE)  # else: when it is used
+
+    def take(self, size: int) -> Place | None:
+        if self.used + size > len(self.memory):
+            return None
+        place = Place(self.memory, self.used)
+        self.used += -(-size // _LINE) * _LINE
+        return place
+
+
+_stock: _Stock | None = None
+
+
+def make_ready(size: int) -> None:
+    """Have so many bytes touched now, by this thread, for `place` to give. Nothing where it is more than half of what is left."""
+    global _stock  # noqa: PLW0603 # of this process
+    if hasattr(mmap, "MADV_HUGEPAGE") and HUGE <= size <= available_memory_bytes() // 2:
+        stock = _Stock(size)
+        stock.fill()
+        _stock = stock
+
+
+def place(size: int) -> Place:
+    """Bytes that nobody else has, zero: of what was made ready, or new ones."""
+    found = _stock.take(size) if _stock is not None else None
+    return found or Place(_huge(max(size, 1)), 0)
+
+
+def leave_rest() -> None:
+    """Give back what was made ready and is not used."""
+    global _stock  # noqa: PLW0603 # of this process
+    if _stock is not None:
+        first = -(-_stock.used // HUGE) * HUGE
+        if first < len(_stock.memory):
+            _stock.memory.madvise(mmap.MADV_DONTNEED, first)
+        _stock = None
+
+
+def weight_bytes(folder: Path) -> int:
+    """About how much a checkpoint's weights will take: the size of its files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _huge(size: int) -> mmap.mmap:
+    """Whole huge pages where the system gives them: fewer look-ups of addresses while weights stream by."""
+    pages = mmap.mmap(-1, -(-size // HUGE) * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE") and size >= HUGE:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages

@@ -1,0 +1,57 @@
+"""Memory made ready before it is wanted."""
+
+import mmap
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lineshaft.base import pages
+from lineshaft.base.machine import resident_memory_bytes
+
+linux = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs Linux")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    yield
+    pages.leave_rest()
+
+
+@given(ready=st.integers(0, 3 * pages.HUGE), sizes=st.lists(st.integers(0, pages.HUGE), max_size=8))
+def test_places_are_zero_and_nobody_elses_whatever_was_made_ready(ready, sizes):
+    pages.make_ready(ready)
+    found = [pages.place(size) for size in sizes]
+    pages.leave_rest()
+    for number, (place, size) in enumerate(zip(found, sizes, strict=True)):
+        assert place.offset % 64 == 0
+        assert place.memory[place.offset : place.offset + size] == bytes(size)
+        place.memory[place.offset : place.offset + size] = bytes([number + 1]) * size
+    for number, (place, size) in enumerate(zip(found, sizes, strict=True)):
+        assert place.memory[place.offset : place.offset + size] == bytes([number + 1]) * size
+
+
+@linux
+def test_what_was_made_ready_is_in_memory_until_it_is_left():
+    size = 64 << 20
+    before = resident_memory_bytes()
+    pages.make_ready(size)
+    if resident_memory_bytes() - before < size // 2:
+        pytest.skip(f"this system (Linux {os.uname().release}) does not make memory ready on request")
+    kept = pages.place(pages.HUGE)
+    pages.leave_rest()
+    assert resident_memory_bytes() - before < size // 4
+    kept.memory[kept.offset] = 1
+    assert pages.place(pages.HUGE).memory is not kept.memory
+
+
+@linux
+def test_more_than_half_of_what_is_left_is_not_made_ready(monkeypatch):
+    monkeypatch.setattr(pages, "available_memory_bytes", lambda: 4 * pages.HUGE)
+    made = []
+    monkeypatch.setattr(pages._Stock, "fill", lambda self: made.append(len(self.memory)))
+    pages.make_ready(3 * pages.HUGE)
+    assert made == []
+    pages.make_ready(2 * pages.HUGE)
+    assert made == [2 * pages.HUGE]

@@ -1,0 +1,45 @@
+"""The engine's process, started ahead of its orders."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+
+from lineshaft.serve import spawn
+from lineshaft.serve.frames import Failed, Frames, Orders, ToServer, framed
+
+
+def test_the_process_started_ahead_is_given_once_and_the_next_one_is_new(monkeypatch):
+    made = spawn.spawn
+    monkeypatch.setattr(spawn, "spawn", lambda: made([sys.executable, "-c", "import sys; sys.stdin.read()"]))
+    spawn.spawn_ahead()
+    first, second = spawn.taken(), spawn.taken()
+    assert first.process.pid != second.process.pid
+    for spawned in (first, second):
+        assert spawned.process.poll() is None
+        spawned.connection.close()
+        assert spawned.process.wait(20) == 0  # it ends with its connection
+
+
+def test_it_ends_with_a_server_that_dies_before_it_gives_orders():
+    """As after a wrong option of `lineshaft serve`: the command ends while its engine's process still imports torch."""
+    server = "from lineshaft.serve.spawn import spawn; print(spawn().process.pid, flush=True); import os; os.kill(os.getpid(), 9)"
+    told = subprocess.run([sys.executable, "-c", server], check=False, stdout=subprocess.PIPE, timeout=60)
+    assert told.returncode == -signal.SIGKILL
+    try:
+        descriptor = os.pidfd_open(int(told.stdout))
+    except ProcessLookupError:  # it has ended already
+        return
+    with open(descriptor) as process:
+        assert select.select([process], [], [], 30)[0]
+
+
+def test_orders_are_carried_out_after_the_imports(tmp_path):
+    spawned, frames = spawn.spawn(), Frames(ToServer)
+    with spawned.process, spawned.connection as connection:
+        connection.sendall(framed(Orders(str(tmp_path), {}, os.getpid())))
+        while (told := frames.next()) is None:
+            frames.feed(connection.recv(1 << 16))
+    assert isinstance(told, Failed)
+    assert "config.json" in told.message
