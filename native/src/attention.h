@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int kStep = 64;        // positions worked on together: one group of the packed layout
-constexpr int kMostRows = 32;    // rows that share what was gathered for a step
+constexpr int kMostRows = 96;    // rows that share what was gathered for a step: whole tiles of kMaxRows
 constexpr int kMostKeyWidth = 1024, kMostValueWidth = 1024;
 
 inline bool sees(const Reach& r, int64_t q, int64_t k) {
@@ -43,13 +43,13 @@ inline bool open(const Reach& r, int64_t first, int64_t last, int64_t start) {
 /// What a thread works in. Reused from call to call.
 struct Bench {
     alignas(64) uint32_t keys[kMostKeyWidth * kStep];            // transposed: [words][64 positions]
-    alignas(64) float values[kMostValueWidth * kStep];           // [width / 64][64 positions][64]
+    alignas(64) uint32_t values[kMostValueWidth * kStep];        // [width / 64][64 positions, or 32 pairs of them][64]
     alignas(64) uint32_t queries[kMostRows * kMostKeyWidth];     // tiles of packed words
     alignas(64) float out[kMostRows * kMostValueWidth];          // [width / 64][rows][64]
-    alignas(64) float scores[Lanes::kMaxRows * kStep];
-    alignas(64) uint32_t chances[Lanes::kMaxRows * kStep];       // [64 positions][rows of the tile]
+    alignas(64) float scores[kMostRows * kStep];
+    alignas(64) uint32_t chances[kMostRows * kStep];             // [rows][64 positions, or 32 pairs]
     alignas(64) float sums[kMostRows * 16];
-    float largest[kMostRows];
+    alignas(64) float largest[kMostRows], tops[kMostRows], shrink[kMostRows];
 };
 
 struct Item {
@@ -61,33 +61,46 @@ struct Item {
     int64_t position(int64_t row) const { return chunk->first + first + row / heads; }
 };
 
-template <int M>
-void add_values(const float* values, const uint32_t* chances, const float* shrink, float* out) {
-    constexpr int B = blocks_for(M);
+/// Are chances and values multiplied as pairs of bf16? Chances are rounded to it then, their sums are not.
+inline bool in_pairs(const Attention& a) { return Lanes::kDotBf16 && a.activation == Activation::bf16; }
+
+/// out = out * shrink + chances times values, of M rows and 64 channels, in the order of the positions.
+template <class Dot, int M>
+void add_values(const uint32_t* values, const uint32_t* chances, const float* shrink, float* out) {
+    constexpr int B = blocks_for(M), kRows = kStep / Dot::kInputs;
     for (int first = 0; first < kGroup / kBlock; first += B) {
         Lanes::F acc[M][B];
         EACH(m, M) {
             EACH(b, B) { acc[m][b] = Lanes::mul(Lanes::load(out + m * kGroup + (first + b) * kBlock), Lanes::set1(shrink[m])); });
         });
-        accumulate<DotF32, M, B>(chances, reinterpret_cast<const uint8_t*>(values) + first * 64, kStep, acc);
+        const auto* w = reinterpret_cast<const uint8_t*>(values) + first * 64;
+        for (int row = 0; row < kRows; row++, w += kRowBytes) {
+            typename Dot::W weights[B];
+            EACH(b, B) { weights[b] = Dot::weights(w + b * 64); });
+            EACH(m, M) {
+                const typename Dot::A chance = Dot::spread(chances + m * kStep + row, 1);
+                EACH(b, B) { acc[m][b] = Dot::dot(acc[m][b], weights[b], chance); });
+            });
+        }
         EACH(m, M) { EACH(b, B) { Lanes::store(out + m * kGroup + (first + b) * kBlock, acc[m][b]); }); });
     }
 }
 
-using Adder = void (*)(const float*, const uint32_t*, const float*, float*);
+using Adder = void (*)(const uint32_t*, const uint32_t*, const float*, float*);
 
-inline Adder adder_for(int rows) {
+template <class Dot>
+Adder adder_for(int rows) {
     switch (rows) {
-        case 1: return add_values<1>;
-        case 2: return add_values<2>;
+        case 1: return add_values<Dot, 1>;
+        case 2: return add_values<Dot, 2>;
         default: break;
     }
     if constexpr (Lanes::kMaxRows >= 4) {
-        if (rows == 3) return add_values<3>;
-        if (rows == 4) return add_values<4>;
+        if (rows == 3) return add_values<Dot, 3>;
+        if (rows == 4) return add_values<Dot, 4>;
     }
-    if constexpr (Lanes::kMaxRows >= 6) return rows == 5 ? add_values<5> : add_values<6>;
-    return add_values<2>;
+    if constexpr (Lanes::kMaxRows >= 6) return rows == 5 ? add_values<Dot, 5> : add_values<Dot, 6>;
+    return add_values<Dot, 2>;
 }
 
 inline int words_of(const Attention& a) { return int(a.activation == Activation::f32 ? a.key_width : a.key_width / 2); }
@@ -106,24 +119,27 @@ inline void gather_queries(const Attention& a, const Item& item, Bench& bench) {
     }
 }
 
-/// The entries of 64 positions from `start` on: keys transposed, values widened. What nobody of the item sees is zero.
-inline void gather_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
-    alignas(64) static const uint32_t nothing[kMostKeyWidth] = {};
-    const int64_t first = item.position(0), last = item.position(item.rows() - 1);
-    const uint32_t* keys[kStep];
-    const void* values[kStep];
-    for (int j = 0; j < kStep; j++) {
-        const int64_t position = start + j;
-        const int64_t page = !touched(a.reach, first, last, position, 1) ? -1 : a.tables[item.chunk->table + position / a.page_tokens];
-        if (page < 0) {
-            keys[j] = nothing;
-            values[j] = nothing;
-            continue;
+/// 16 channels, from `v` on, of two positions: neighbours become pairs.
+inline void pair_values(const void* even, const void* odd, int64_t v, int64_t width, uint32_t* out) {
+    const auto *a = static_cast<const uint16_t*>(even) + v, *b = static_cast<const uint16_t*>(odd) + v;
+    if (width - v >= 16) return Lanes::interleave(a, b, out);
+    std::fill_n(out, 16, 0u);
+    for (int64_t i = 0; i < width - v; i++) out[i] = uint32_t(a[i]) | uint32_t(b[i]) << 16;
+}
+
+inline void gather_values(const Attention& a, const void* const* values, Bench& bench) {
+    const bool pairs = in_pairs(a);
+    const int rows = pairs ? kStep / 2 : kStep;
+    for (int64_t v = 0; v < a.value_width; v += 16) {
+        uint32_t* out = bench.values + v / kGroup * rows * kGroup + v % kGroup;
+        for (int j = 0; j < rows; j++, out += kGroup) {
+            if (pairs) pair_values(values[2 * j], values[2 * j + 1], v, a.value_width, out);
+            else Lanes::store(reinterpret_cast<float*>(out), read_some(a.activation, values[j], v, a.value_width - v));
         }
-        const int64_t slot = page * a.page_tokens + position % a.page_tokens;
-        keys[j] = static_cast<const uint32_t*>(row_of(a.activation, a.keys, slot * a.key_stride + item.kv_head * a.key_head_stride));
-        values[j] = row_of(a.activation, a.values, slot * a.value_stride + item.kv_head * a.value_head_stride);
     }
+}
+
+inline void gather_keys(const Attention& a, const uint32_t* const* keys, Bench& bench) {
     const int words = words_of(a);
     for (int j = 0; j < kStep; j += 16) {
         int w = 0;
@@ -131,53 +147,122 @@ inline void gather_step(const Attention& a, const Item& item, int64_t start, Ben
         for (; w < words; w++)
             for (int i = 0; i < 16; i++) bench.keys[w * kStep + j + i] = word_at(keys[j + i] + w);
     }
-    for (int64_t v = 0; v < a.value_width; v += 16)
-        for (int j = 0; j < kStep; j++)
-            Lanes::store(bench.values + (v / kGroup * kStep + j) * kGroup + v % kGroup, read_some(a.activation, values[j], v, a.value_width - v));
 }
 
-/// Scores of one tile of rows become chances; `shrink` is what their earlier sums are multiplied by.
-inline void weigh(const Attention& a, const Item& item, int64_t start, int64_t row, int count, bool all, Bench& bench, float* shrink) {
-    for (int m = 0; m < count; m++) {
-        float* scores = bench.scores + m * kStep;
-        const int64_t q = item.position(row + m);
-        if (!all)
-            for (int j = 0; j < kStep; j++) scores[j] = sees(a.reach, q, start + j) ? scores[j] : -INFINITY;
-        Lanes::F scaled[kStep / 16];
-        for (int j = 0; j < kStep / 16; j++) scaled[j] = Lanes::mul(Lanes::load(scores + 16 * j), Lanes::set1(a.scale));
-        const float now = Lanes::largest(Lanes::max(Lanes::max(scaled[0], scaled[1]), Lanes::max(scaled[2], scaled[3])));
-        float& before = bench.largest[row + m];
-        const float most = now > before ? now : before;
-        alignas(64) float factor[16];
-        Lanes::store(factor, exponential(Lanes::set1(before - most)));
-        shrink[m] = most == before ? 1.0f : factor[0];
-        before = most;
-        auto sum = Lanes::mul(Lanes::load(bench.sums + (row + m) * 16), Lanes::set1(shrink[m]));
-        for (int j = 0; j < kStep / 16; j++) {
-            const auto chance = exponential(Lanes::sub(scaled[j], Lanes::set1(most)));
-            sum = Lanes::add(sum, chance);
-            alignas(64) uint32_t words[16];
-            Lanes::store(reinterpret_cast<float*>(words), chance);
-            for (int i = 0; i < 16; i++) bench.chances[(16 * j + i) * count + m] = words[i];
+/// The entries of 64 positions from `start` on: keys transposed, values in rows. What nobody of the item sees is zero.
+inline void gather_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
+    alignas(64) static const uint32_t nothing[kMostKeyWidth] = {};
+    const int64_t first = item.position(0), last = item.position(item.rows() - 1);
+    const bool all = open(a.reach, first, last, start);
+    const uint32_t* keys[kStep];
+    const void* values[kStep];
+    int64_t place = start % a.page_tokens;
+    const int32_t* page = a.tables + item.chunk->table + start / a.page_tokens;
+    for (int j = 0; j < kStep; j++, place++) {
+        if (place == a.page_tokens) place = 0, page++;
+        if (!all && !touched(a.reach, first, last, start + j, 1)) {
+            keys[j] = nothing;
+            values[j] = nothing;
+            continue;
         }
-        Lanes::store(bench.sums + (row + m) * 16, sum);
+        const int64_t slot = *page * a.page_tokens + place;
+        keys[j] = static_cast<const uint32_t*>(row_of(a.activation, a.keys, slot * a.key_stride + item.kv_head * a.key_head_stride));
+        values[j] = row_of(a.activation, a.values, slot * a.value_stride + item.kv_head * a.value_head_stride);
+    }
+    gather_keys(a, keys, bench);
+    gather_values(a, values, bench);
+}
+
+/// Infinity for the first `seen` of 64 places, minus infinity behind them.
+inline const float* limits(int64_t seen) {
+    struct Table {
+        float of[2 * kStep];
+        constexpr Table() : of() { for (int i = 0; i < 2 * kStep; i++) of[i] = i < kStep ? INFINITY : -INFINITY; }
+    };
+    alignas(64) static constexpr Table table;
+    return table.of + kStep - std::clamp<int64_t>(seen, 0, kStep);
+}
+
+/// Scores of what position q does not see among the 64 from `start` on become minus infinity, whatever they were.
+inline void hide(const Reach& r, int64_t q, int64_t start, float* scores) {
+    if (r.kind == 2) {
+        for (int j = 0; j < kStep; j++) scores[j] = sees(r, q, start + j) ? scores[j] : -INFINITY;
+        return;
+    }
+    const float* upto = limits(q - start + 1);
+    const float *before_window = limits(r.kind == 1 ? q - r.a + 1 - start : 0), *global = limits(r.kind == 1 ? r.b - start : 0);
+    for (int j = 0; j < kStep; j += 16) {
+        const auto near = Lanes::sub(Lanes::set1(0.0f), Lanes::load(before_window + j));
+        const auto limit = Lanes::min(Lanes::load(upto + j), Lanes::max(near, Lanes::load(global + j)));
+        Lanes::store(scores + j, Lanes::min(Lanes::load(scores + j), limit));  // the limit also where a score is not a number
     }
 }
 
-inline void take_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
-    gather_step(a, item, start, bench);
-    const bool all = open(a.reach, item.position(0), item.position(item.rows() - 1), start);
+inline void score(const Attention& a, const Item& item, Bench& bench) {
     const int words = words_of(a);
     const Shape shape{a.activation == Activation::f32 ? Weight::f32 : Weight::bf16, a.key_width, kGroup, 0, false};
     for (int64_t row = 0; row < item.rows(); row += Lanes::kMaxRows) {
         const int count = int(std::min<int64_t>(Lanes::kMaxRows, item.rows() - row));
         const Tile tile = shape.kind == Weight::f32 ? tile_for<DotF32, false>(count) : tile_for<DotBf16, false>(count);
-        tile(shape, bench.queries + row * words, reinterpret_cast<const uint8_t*>(bench.keys), 0, Sums{}, bench.scores);
-        float shrink[Lanes::kMaxRows];
-        weigh(a, item, start, row, count, all, bench, shrink);
-        for (int64_t v = 0; v < a.value_width; v += kGroup)
-            adder_for(count)(bench.values + v * kStep, bench.chances, shrink, bench.out + v * kMostRows + row * kGroup);
+        tile(shape, bench.queries + row * words, reinterpret_cast<const uint8_t*>(bench.keys), 0, Sums{}, bench.scores + row * kStep);
     }
+}
+
+/// Scales and hides scores, notes each row's largest one so far, and what its earlier sums are multiplied by on account of that.
+inline void shrink(const Attention& a, const Item& item, int64_t start, Bench& bench) {
+    const bool all = open(a.reach, item.position(0), item.position(item.rows() - 1), start);
+    for (int64_t row = 0; row < item.rows(); row++) {
+        float* scores = bench.scores + row * kStep;
+        const int64_t q = item.position(row);
+        if (!all && !open(a.reach, q, q, start)) hide(a.reach, q, start, scores);
+        auto most = Lanes::set1(-INFINITY);
+        for (int j = 0; j < kStep; j += 16) {
+            const auto scaled = Lanes::mul(Lanes::load(scores + j), Lanes::set1(a.scale));
+            Lanes::store(scores + j, scaled);
+            most = Lanes::max(most, scaled);
+        }
+        bench.tops[row] = Lanes::largest(most);
+    }
+    for (int64_t row = 0; row < item.rows(); row += 16) {
+        const auto before = Lanes::load(bench.largest + row), most = Lanes::max(Lanes::load(bench.tops + row), before);
+        Lanes::store(bench.largest + row, most);
+        Lanes::store(bench.shrink + row, exponential(Lanes::sub(before, most)));  // exactly 1 where nothing changes
+    }
+}
+
+/// Scores become chances.
+inline void weigh(const Attention& a, const Item& item, Bench& bench) {
+    const bool pairs = in_pairs(a);
+    for (int64_t row = 0; row < item.rows(); row++) {
+        float* total = bench.sums + row * 16;
+        uint32_t* chances = bench.chances + row * kStep;
+        auto sum = Lanes::mul(Lanes::load(total), Lanes::set1(bench.shrink[row]));
+        for (int j = 0; j < kStep; j += 16) {
+            const auto chance = exponential(Lanes::sub(Lanes::load(bench.scores + row * kStep + j), Lanes::set1(bench.largest[row])));
+            sum = Lanes::add(sum, chance);
+            if (pairs) Lanes::narrow(reinterpret_cast<uint16_t*>(chances) + j, chance);
+            else Lanes::store(reinterpret_cast<float*>(chances) + j, chance);
+        }
+        Lanes::store(total, sum);
+    }
+}
+
+inline void add(const Attention& a, const Item& item, Bench& bench) {
+    const int rows = in_pairs(a) ? kStep / 2 : kStep;
+    for (int64_t row = 0; row < item.rows(); row += Lanes::kMaxRows) {
+        const int count = int(std::min<int64_t>(Lanes::kMaxRows, item.rows() - row));
+        const Adder adder = in_pairs(a) ? adder_for<DotBf16>(count) : adder_for<DotF32>(count);
+        for (int64_t v = 0; v < a.value_width; v += kGroup)
+            adder(bench.values + v * rows, bench.chances + row * kStep, bench.shrink + row, bench.out + v * kMostRows + row * kGroup);
+    }
+}
+
+inline void take_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
+    gather_step(a, item, start, bench);
+    score(a, item, bench);
+    shrink(a, item, start, bench);
+    weigh(a, item, bench);
+    add(a, item, bench);
 }
 
 inline void attend(const Attention& a, const Item& item, Bench& bench) {

@@ -110,6 +110,11 @@ struct Lanes {
         __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), a_odd = _mm256_srai_epi16(a, 8);
         return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(even, a_even), _mm256_madd_epi16(odd, a_odd)));
     }
+    /// 16 words of two bf16 each: one from either row, that of `even` below.
+    static void interleave(const uint16_t* even, const uint16_t* odd, uint32_t* out) {
+        for (int i = 0; i < 16; i++) out[i] = uint32_t(even[i]) | uint32_t(odd[i]) << 16;
+    }
+    static void narrow(uint16_t* p, F x) { to_bf16(p, x); }
     /// acc += four unsigned bytes of w times four signed bytes of a, in each lane.
     static I dot_bytes(I acc, I w, I a) { return {dot4(acc.a, w.a, a.a), dot4(acc.b, w.b, a.b)}; }
     static F dot_pairs(F acc, I, I) { return acc; }

@@ -94,6 +94,18 @@ struct Lanes {
         up = _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(up));
     }
+    /// 16 words of two bf16 each: one from either row, that of `even` below.
+    static void interleave(const uint16_t* even, const uint16_t* odd, uint32_t* out) {
+        const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+        const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
+        _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+    /// To bf16 where the least numbers may become 0, as in products of pairs.
+#ifdef LINESHAFT_DOT_BF16
+    static void narrow(uint16_t* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x)); }
+#else
+    static void narrow(uint16_t* p, F x) { to_bf16(p, x); }
+#endif
     /// acc += four unsigned bytes of w times four signed bytes of a, in each lane.
     static I dot_bytes(I acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
 #ifdef LINESHAFT_DOT_BF16

@@ -71,6 +71,11 @@ struct Lanes {
             p[i] = a.v[i] != a.v[i] ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
         }
     }
+    /// 16 words of two bf16 each: one from either row, that of `even` below.
+    static void interleave(const uint16_t* even, const uint16_t* odd, uint32_t* out) {
+        for (int i = 0; i < 16; i++) out[i] = uint32_t(even[i]) | uint32_t(odd[i]) << 16;
+    }
+    static void narrow(uint16_t* p, F a) { to_bf16(p, a); }
     /// acc += four unsigned bytes of w times four signed bytes of a, in each lane.
     static I dot_bytes(I acc, I w, I a) {
         return each_int([&](int i) {

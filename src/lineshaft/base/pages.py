@@ -31,7 +31,7 @@ class Place:
 
 class _Stock:
     def __init__(self, size: int) -> None:
-        self.memory, self.used = _huge(size), 0
+        self.memory, self.used = huge(size), 0
 
     def fill(self) -> None:
         """Touch all of it. Other threads run meanwhile, which mmap.madvise would not let them."""
@@ -61,7 +61,7 @@ def make_ready(size: int) -> None:
 def place(size: int) -> Place:
     """Bytes that nobody else has, zero: of what was made ready, or new ones."""
     found = _stock.take(size) if _stock is not None else None
-    return found or Place(_huge(max(size, 1)), 0)
+    return found or Place(huge(max(size, 1)), 0)
 
 
 def leave_rest() -> None:
@@ -79,7 +79,7 @@ def weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _huge(size: int) -> mmap.mmap:
+def huge(size: int) -> mmap.mmap:
     """Whole huge pages where the system gives them: fewer look-ups of addresses while weights stream by."""
     pages = mmap.mmap(-1, -(-size // HUGE) * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE") and size >= HUGE:

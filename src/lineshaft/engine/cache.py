@@ -6,12 +6,12 @@ and with an indexer one index key. Layers that see alike form a group with pages
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from lineshaft.base.pages import huge
 from lineshaft.model.config import GroupedQueryAttention, ModelConfig
 from lineshaft.model.cost import kv_width
 from lineshaft.ops import table as ops
@@ -54,7 +54,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     size = dtype.itemsize
     for side in shape:
         size *= side
-    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype).view(shape)
+    return torch.frombuffer(huge(size), dtype=dtype, count=size // dtype.itemsize).view(shape)
 
 
 def groups_of(config: ModelConfig) -> list[LayerGroup]:
