@@ -1,0 +1,13 @@
+// A trial of a table before it is used: the same small products as the portable table makes, bit for bit.
+#pragma once
+#include <string>
+
+#include "kernels.h"
+
+/// What differs ("int8 in groups of 32, 64 inputs, 33 tokens"), or nothing. A few milliseconds.
+std::string trial(const Kernels& table);
+
+#ifdef LINESHAFT_SOFT_TILES
+/// Tests set it: emulated tiles then give a wrong number in each product.
+extern bool planted_fault;
+#endif
