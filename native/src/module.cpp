@@ -138,7 +138,7 @@ NB_MODULE(_native, m) {
     m.def("trial", [](const std::string& name) { return trial(named(name)); });
 #ifdef LINESHAFT_SOFT_TILES
     m.attr("soft_tiles") = true;
-    m.def("plant_fault", [](bool on) { planted_fault = on; });
+    m.def("plant_fault", [](int fault) { planted_fault = Fault(fault); });
 #else
     m.attr("soft_tiles") = false;
 #endif

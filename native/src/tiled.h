@@ -130,6 +130,13 @@ template <class Op, int High>
 inline void add_tiles(const Unit& u, const Span& span, int64_t token, int block, void* sums) {
     constexpr int Wide = 4 / High;
     const int64_t row = 4 * u.rows, tile_bytes = u.rows * kRowBytes;
+    const uint8_t* tokens[High];
+    int64_t step[High];
+    EACH(i, High) {
+        tokens[i] = u.tile(token + i * kTileTokens, span.first);
+        step[i] = u.count(token + i * kTileTokens) * row;
+    });
+    const uint8_t* weights = span.weights + block * 64;
     const auto corner = [&](int i) {
         return static_cast<char*>(sums) + ((token + i / Wide * kTileTokens) * kGroup + (block + i % Wide) * kBlock) * 4;
     };
@@ -137,13 +144,15 @@ inline void add_tiles(const Unit& u, const Span& span, int64_t token, int block,
         if (span.begin) Tiles::zero<kSums + decltype(i)::value>();
         else Tiles::load<kSums + decltype(i)::value>(corner(i), 4 * kGroup);
     });
-    for (int64_t k = 0; k < span.count; k++) {
-        const uint8_t* weights = span.weights + k * tile_bytes + block * 64;
-        EACH(i, High) { Tiles::load<kTokens + decltype(i)::value>(u.tile(token + i * kTileTokens, span.first + k), row); });
+    for (int64_t k = 0; k < span.count; k++, weights += tile_bytes) {
+        EACH(i, High) {
+            Tiles::load<kTokens + decltype(i)::value>(tokens[i], row);
+            tokens[i] += step[i];
+        });
         EACH(j, Wide) {
             constexpr int Weights = kWeights + decltype(j)::value % 2;
             if constexpr (High == 1 && !Op::kNibbles)  // one quarter of the next tile's lines for each block: it is 4 KB ahead, all of it
-                for (int r = 0; r < u.rows; r++) __builtin_prefetch(weights + tile_bytes + (j * u.rows + r) * 64, 0, 3);
+                for (int64_t at = 0; at < 16 * row; at += 64) __builtin_prefetch(weights + tile_bytes + j * 16 * row + at, 0, 3);
             Tiles::load<Weights>(weights + j * 64, kRowBytes);
             EACH(i, High) { Op::template dot<kSums + decltype(i)::value * Wide + decltype(j)::value, kTokens + decltype(i)::value, Weights>(); });
         });

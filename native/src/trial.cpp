@@ -10,7 +10,7 @@
 #include "pack.h"
 
 #ifdef LINESHAFT_SOFT_TILES
-bool planted_fault = false;
+Fault planted_fault = Fault::none;
 #endif
 
 namespace {

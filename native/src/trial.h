@@ -8,6 +8,7 @@
 std::string trial(const Kernels& table);
 
 #ifdef LINESHAFT_SOFT_TILES
-/// Tests set it: emulated tiles then give a wrong number in each product.
-extern bool planted_fault;
+/// Tests set it: emulated tiles then give a wrong number in each product, or in each of bytes.
+enum class Fault { none, all, bytes };
+extern Fault planted_fault;
 #endif
