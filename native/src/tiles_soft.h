@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cmath>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -89,6 +90,7 @@ struct Tiles {
     }
     /// What the products of the manual raise #UD for.
     template <int C, int A, int B> static void fit() {
+        if (planted_fault == Fault::illegal) std::raise(SIGILL);
         static_assert(C != A && C != B && A != B);
         used<C>(), used<A>(), used<B>();
         const auto& shape = state().shapes;

@@ -4,11 +4,11 @@
 
 #include "kernels.h"
 
-/// What differs ("int8 in groups of 32, 64 inputs, 33 tokens"), or nothing. A few milliseconds.
+/// What differs ("int8 in groups of 32, 64 inputs, 33 tokens"), that it faults, or nothing. A few milliseconds.
 std::string trial(const Kernels& table);
 
 #ifdef LINESHAFT_SOFT_TILES
-/// Tests set it: emulated tiles then give a wrong number in each product, or in each of bytes.
-enum class Fault { none, all, bytes };
+/// Tests set it: emulated tiles then give a wrong number in each product, or in each of bytes, or are an illegal instruction.
+enum class Fault { none, all, bytes, illegal };
 extern Fault planted_fault;
 #endif

@@ -5,6 +5,7 @@ They run on a processor with AMX, and on any other with AVX-512 and bf16 when th
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Generator
 from typing import Any
 
@@ -99,7 +100,8 @@ def coded(inputs: int, group: int, bits: int, zeros: bool, outputs: int = 70) ->
     return made[0], made[1].clone()  # memory of its own: a sanitizer sees what is read behind it
 
 
-CODED = [(bits, *sizes) for bits in (8, 4) for sizes in [(8, 8), (40, 40), (64, 32), (96, 96), (104, 104), (512, 128), (576, 576), (1216, 1216)]]
+GROUPED = [(8, 8), (40, 40), (64, 32), (96, 96), (104, 104), (512, 128), (576, 576), (1216, 1216)]
+CODED = [(bits, *sizes) for bits in (8, 4) for sizes in GROUPED]
 
 
 @pytest.mark.parametrize("zeros", [False, True])
@@ -196,3 +198,13 @@ def test_the_trial_sees_a_fault_of_whole_numbers_too(fault: Any) -> None:
     """A wrong product of 8-bit activations, where the bf16 ones are right."""
     fault.plant_fault(2)
     assert fault.trial("amx") == "int8, 512 inputs, 1 token"
+
+
+def test_the_trial_survives_tiles_that_the_processor_refuses(fault: Any) -> None:
+    """SIGILL, as from an instruction that the system did not permit; handlers that were there come back."""
+    before = signal.getsignal(signal.SIGILL)
+    fault.plant_fault(3)
+    assert fault.trial("amx") == "it faults"
+    fault.plant_fault(0)
+    assert fault.trial("amx") == ""
+    assert signal.getsignal(signal.SIGILL) == before
