@@ -1,8 +1,8 @@
-# Everything runs in .venv, which these targets make.   make install | demo | test | test-all | native-sanitize | lint
+# Everything runs in .venv, which these targets make.   make install | demo | test | test-all | native-sanitize | native-tiles | lint
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-all native-sanitize lint clean
+.PHONY: install demo test test-all native-sanitize native-tiles lint clean
 
 install: .venv/.installed
 
@@ -27,6 +27,9 @@ test-all: .venv/.installed-test
 
 native-sanitize: .venv/.installed-test
 	PYTHON=$(BIN)/python native/tests/sanitize.sh
+
+native-tiles: .venv/.installed-test
+	PYTHON=$(BIN)/python native/tests/soft_tiles.sh
 
 lint: .venv/.installed-test
 	$(BIN)/ruff check src tests benchmarks

@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "linear.h"
 #include "rows.h"
+#include "vectors.h"
 
 namespace {
 

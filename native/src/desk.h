@@ -22,8 +22,9 @@ struct Desk {
     int64_t bytes;           // of all
 };
 
-/// Words that a token's packed activations take: see layout_of in linear.h.
-inline int64_t packed_words(const Shape& shape, bool whole) { return shape.words(whole) + shape.scales() + 1; }
+/// Words that a token's packed activations take (layout_for in activations.h): whole cache lines, so that what belongs to an
+/// expert or a head begins at one, as rows of tiles should.
+inline int64_t packed_words(const Shape& shape, bool whole) { return (shape.words(whole) + shape.scales() + 1 + 15) / 16 * 16; }
 
 inline Desk desk_of(const Experts& e, void* scratch) {
     const int64_t pairs = e.tokens * e.top, item = e.activation == Activation::f32 ? 4 : 2;

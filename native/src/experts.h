@@ -84,15 +84,16 @@ inline void put_swiglu(Activation kind, const float* gate, const float* up, void
 }
 
 inline void swiglu(const Experts& e, const Desk& d, int part, int parts) {
-    alignas(64) float gates[Lanes::kMaxRows * kGroup], ups[Lanes::kMaxRows * kGroup];
+    alignas(64) float gates[kMostTokens * kGroup], ups[kMostTokens * kGroup];
+    Tiling tiling;
     const int64_t width = e.in.outputs;
     each_share(d, e.in.groups(), part, parts, [&](int64_t expert, team::Range groups) {
         const Product gate = product_of(e, d, Which::gate, expert), up = product_of(e, d, Which::up, expert);
         const int64_t tokens = gate.linear.tokens, tile_tokens = gate.layout.tile;
         for (int64_t group = groups.first; group < groups.last; group++)
             for (int64_t tile = 0; tile < gate.layout.tiles(tokens); tile++) {
-                multiply(gate.linear, gate.layout, tile, group, gates);
-                multiply(up.linear, up.layout, tile, group, ups);
+                multiply(gate.linear, gate.layout, tile, group, gates, tiling);
+                multiply(up.linear, up.layout, tile, group, ups, tiling);
                 for (int64_t m = 0, t = tile * tile_tokens; m < tile_tokens && t < tokens; m++, t++) {
                     void* out = const_cast<void*>(row_of(e.activation, d.middle, (d.starts[expert] + t) * width));
                     put_swiglu(e.activation, gates + m * kGroup, ups + m * kGroup, out, group * kGroup, width);

@@ -118,7 +118,7 @@ struct Kernels {
     void (*experts)(const Experts&, Stage, void* scratch, int part, int parts);  // scratch: desk.h
 };
 
-extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Bf16;
+extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx;
 
 /// The tables that this processor can run, worst first; null behind the last.
 const Kernels* const* runnable();

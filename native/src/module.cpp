@@ -14,6 +14,7 @@
 #include "pack.h"
 #include "step.h"
 #include "team.h"
+#include "trial.h"
 
 namespace nb = nanobind;
 
@@ -25,10 +26,10 @@ std::vector<std::string> names() {
     return all;
 }
 
-void choose(const std::string& name) {
+const Kernels& named(const std::string& name) {
     for (auto table = runnable(); *table; table++)
-        if (name == (*table)->name) chosen = *table;
-    if (!chosen || name != chosen->name) throw std::invalid_argument("this processor has no " + name);
+        if (name == (*table)->name) return **table;
+    throw std::invalid_argument("this processor has no " + name);
 }
 
 void linear(int kind, int64_t inputs, int64_t outputs, int64_t scale_inputs, bool zeros, uintptr_t weight, uintptr_t bias, bool whole, int activation,
@@ -132,8 +133,15 @@ NB_MODULE(_native, m) {
     m.doc() = "Kernels for processors. Addresses and sizes in; see ops/native.py.";
     const auto free_gil = nb::call_guard<nb::gil_scoped_release>();
     m.def("names", &names);
-    m.def("choose", &choose);
+    m.def("choose", [](const std::string& name) { chosen = &named(name); });
     m.def("chosen", [] { return std::string(chosen ? chosen->name : ""); });
+    m.def("trial", [](const std::string& name) { return trial(named(name)); });
+#ifdef LINESHAFT_SOFT_TILES
+    m.attr("soft_tiles") = true;
+    m.def("plant_fault", [](int fault) { planted_fault = Fault(fault); });
+#else
+    m.attr("soft_tiles") = false;
+#endif
     m.def("share_threads", [](uintptr_t parallel, uintptr_t number, uintptr_t count) { team::use(parallel, number, count); });
     m.def("set_threads", &step::set_threads);
     m.def("threads", &step::threads);

@@ -23,10 +23,15 @@ MISSING = "native kernels are not installed: install g++ and cmake, then run the
 
 _library: ModuleType | None = None
 _tried = False
+_passed_over: list[str] = []
+"""Better instruction sets that failed their trial, and in what."""
 
 
 def library() -> Any | None:
-    """The library, ready to run; None where it is not built or LINESHAFT_ISA=none. Raises ConfigError for an unknown instruction set."""
+    """The library, ready to run; None where it is not built or LINESHAFT_ISA=none.
+
+    Raises ConfigError for an instruction set that is unknown, or forced and wrong on this processor.
+    """
     global _library, _tried  # noqa: PLW0603 # found once; a process has one processor
     if not _tried:
         _library = _load()
@@ -39,7 +44,9 @@ def describe() -> str:
     found = library()
     if found is None:
         return f"native kernels are switched off by {FORCE}=none" if os.environ.get(FORCE) == "none" else f"warning: {MISSING}"
-    return f"native kernels: {found.chosen()} of {', '.join(found.names())}; threads: {found.threads()}"
+    emulated = "; its tiles are emulated, for tests" if found.soft_tiles and found.chosen() == "amx" else ""
+    warning = f"warning: wrong products on this processor, so not used: {'; '.join(_passed_over)}; " if _passed_over else ""
+    return f"{warning}native kernels: {found.chosen()} of {', '.join(found.names())}; threads: {found.threads()}{emulated}"
 
 
 def _load() -> ModuleType | None:
@@ -54,9 +61,22 @@ def _load() -> ModuleType | None:
         return None
     if wanted is not None and wanted not in found.names():
         raise ConfigError(f"{FORCE}={wanted}: this processor runs {', '.join(found.names())}, or none for PyTorch alone")
-    found.choose(wanted or found.names()[-1])
+    found.choose(wanted or _best(found))
+    if wanted is not None and (differs := found.trial(wanted)):
+        raise ConfigError(f"{FORCE}={wanted}: wrong products on this processor ({differs}): force another or none, and report it")
     _share_threads(found)
     return found
+
+
+def _best(found: Any) -> str:
+    """The best instruction set whose trial products are right. The portable one, which is first, is what they are compared with."""
+    _passed_over.clear()
+    for name in reversed(found.names()):
+        differs = found.trial(name)
+        if not differs:
+            return str(name)
+        _passed_over.append(f"{name} ({differs})")
+    raise AssertionError("the portable instruction set differs from itself")
 
 
 def _share_threads(found: ModuleType) -> None:

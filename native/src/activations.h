@@ -1,0 +1,91 @@
+// Activations on their way into a product: rounded to 8 bits where the product wants them so, and put where its loops look for them.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+#include "numbers.h"
+
+namespace {
+
+/// Where things lie in the packed activations of one call.
+struct Layout {
+    int64_t tile;             // tokens in a tile, but for the last
+    int64_t words;            // 32-bit words of a token
+    int64_t scales;           // sums of a token
+    uint32_t* packed;         // [tokens * words]
+    float* scale;             // [tokens]
+    int32_t* whole;           // [tokens * scales]
+    float* real;
+
+    int64_t tiles(int64_t tokens) const { return (tokens + tile - 1) / tile; }
+};
+
+/// The same for tiles of so many tokens.
+inline Layout layout_for(const Linear& l, void* scratch, int64_t tile) {
+    Layout s;
+    s.tile = tile;
+    s.words = l.shape.words(l.whole);
+    s.scales = l.shape.scales();
+    s.packed = static_cast<uint32_t*>(scratch);
+    s.scale = reinterpret_cast<float*>(s.packed + l.tokens * s.words);
+    s.whole = reinterpret_cast<int32_t*>(s.scale + l.tokens);
+    s.real = reinterpret_cast<float*>(s.whole);
+    return s;
+}
+
+/// One token in 8 bits: q = round(x / scale), scale = max|x| / 127. Words go to every `step`-th place from `to` on, sums to every `sum_step`-th.
+inline void round_token(const Linear& l, const void* x, const Layout& s, int64_t step, uint32_t* to, float* scale, int64_t sum_step, int32_t* sums) {
+    const int64_t inputs = l.shape.inputs, group = l.shape.scale_inputs;
+    auto limit = Lanes::set1(0.0f), nothing = limit;
+    for (int64_t i = 0; i < inputs; i += 16) {
+        const auto value = read_some(l.activation, x, i, inputs - i);
+        limit = Lanes::max(limit, Lanes::max(value, Lanes::sub(Lanes::set1(0.0f), value)));
+        nothing = Lanes::fma(value, Lanes::set1(0.0f), nothing);  // max loses a NaN; this is one after any, and after infinity
+    }
+    const float step_size = Lanes::largest(limit) / 127.0f, spoilt = Lanes::sum(nothing);
+    *scale = spoilt != spoilt ? spoilt : step_size > 0 ? step_size : 1.0f;
+    const auto width = Lanes::set1(*scale), most = Lanes::set1(127.0f), least = Lanes::set1(-127.0f);
+    for (int64_t g = 0; g < s.scales; g++) {
+        auto sum = Lanes::set1(0.0f);  // of whole numbers: exact as long as a group has fewer than 2^24 / 127 inputs
+        for (int64_t i = g * group; i < (g + 1) * group; i += 16) {
+            const int64_t count = std::min<int64_t>(16, (g + 1) * group - i);
+            const auto q = Lanes::min(Lanes::max(Lanes::round(Lanes::div(read_some(l.activation, x, i, count), width)), least), most);
+            sum = Lanes::add(sum, q);
+            uint32_t words[4];
+            Lanes::to_bytes(words, q);
+            for (int64_t j = 0; j < count / 4; j++) to[(i / 4 + j) * step] = words[j];
+        }
+        sums[g * sum_step] = int32_t(Lanes::sum(sum));
+    }
+}
+
+inline void pack_token(const Linear& l, const void* x, const Layout& s, int64_t step, uint32_t* to, float* sums) {
+    if (l.shape.kind == Weight::bf16) {
+        const auto* pairs = static_cast<const uint16_t*>(x);
+        for (int64_t i = 0; i < s.words; i++) std::memcpy(&to[i * step], pairs + 2 * i, 4);
+        return;
+    }
+    for (int64_t i = 0; i < s.words; i++) {
+        const float value = at(l.activation, x, i);
+        std::memcpy(&to[i * step], &value, 4);
+    }
+    if (!l.shape.zeros) return;
+    const int64_t group = l.shape.scale_inputs;
+    for (int64_t g = 0; g < s.scales; g++) {
+        float sum = 0;
+        for (int64_t i = g * group; i < (g + 1) * group; i++) sum += at(l.activation, x, i);
+        sums[g * step] = sum;
+    }
+}
+
+/// One token's activations.
+inline const void* token_of(const Linear& l, int64_t token) {
+    return row_of(l.activation, l.x, (l.rows ? l.rows[token] : token) * l.x_stride);
+}
+
+/// Is there nothing to pack? One token's dense row is packed already.
+inline bool as_it_is(const Linear& l) { return l.tokens == 1 && !l.shape.scale_inputs; }
+
+}  // namespace

@@ -1,0 +1,11 @@
+#define LINESHAFT_DOT_BF16
+#define LINESHAFT_LANES "lanes_avx512.h"
+#define LINESHAFT_PRODUCTS "tiled.h"
+#ifdef LINESHAFT_SOFT_TILES
+#define LINESHAFT_TILES "tiles_soft.h"
+#else
+#define LINESHAFT_TILES "tiles.h"
+#endif
+#define LINESHAFT_TABLE kAmx
+#define LINESHAFT_NAME "amx"
+#include "table.inc"

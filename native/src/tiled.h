@@ -1,0 +1,250 @@
+// Products on the tiles of AMX: bf16, and codes of 8 or 4 bits with 8-bit activations. All others are those of vectors.h.
+//
+// Sixteen rows of packed weights (packed.h), 256 bytes apart, are the tile of a block of outputs. Activations are packed into tiles
+// too: 16 tokens at a time (the last ones fewer), for each tile of weights their words, token by token. A token's sums
+// depend on nothing but its own row of a tile and the order of the tiles, so its numbers are the same bits in any company. Sums of
+// 8-bit products are exact, and scaled as in micro.h: those of few tokens may so be made on vectors.
+#pragma once
+#include <algorithm>
+#include <cstring>
+
+#include LINESHAFT_TILES
+#include "vectors.h"
+
+namespace {
+
+constexpr int kTileTokens = 16;
+constexpr int kTileRows = 16;
+constexpr int64_t kMostTokens = 256;  // in a tile of the layout: activations of so many tokens stay in the second cache
+constexpr int64_t kChunk = 7;         // tiles of inputs that a group's weights stay in the first cache for: 28 KB
+constexpr int64_t kFew = Lanes::kMaxRows;
+constexpr int kSums = 0, kTokens = 4, kWeights = 6;  // tile registers: four of sums, two of activations, two of weights
+
+/// Is it worked on in tiles? Codes with more than one scale, or of 4 bits, only for more than a few tokens: for these, spilling sums
+/// after each scale or widening codes costs more than tiles save (32 against 33 and 27 against 31 GB/s, notes of a Sapphire Rapids).
+inline bool tiled(const Linear& l) {
+    if (l.shape.kind == Weight::bf16) return true;
+    return l.whole && (l.tokens > kFew || (l.shape.kind == Weight::int8 && l.shape.scales() == 1));
+}
+
+/// Rows of a tile of weights, each 4 bytes of every output: as many as divide what shares a scale, so that no tile is cut. All 16
+/// where the inputs are a multiple of 32 (bf16) or 64; a width without such a divisor works, slower.
+inline int tile_rows(const Shape& shape) {
+    const int widened = shape.kind == Weight::int4 ? 2 : 1;  // a row of 4-bit codes becomes two of 8 bits
+    for (int rows = kTileRows / widened; rows > 1; rows--)
+        if (shape.rows_a_scale() % rows == 0) return rows * widened;
+    return widened;
+}
+
+/// The configuration of a thread's tiles, while it works on its share of a product.
+class Tiling {
+  public:
+    Tiling() = default;
+    Tiling(const Tiling&) = delete;
+    Tiling& operator=(const Tiling&) = delete;
+    ~Tiling() {
+        if (rows_) Tiles::release();
+    }
+
+    /// Two tiles of so many tokens each, weights of so many rows. Tiles keep nothing over a change.
+    void shape(int first, int second, int rows) {
+        if (first == first_ && second == second_ && rows == rows_) return;
+        TileShapes shapes;
+        const auto set = [&](int tile, int its_rows, int words) {
+            shapes.rows[tile] = uint8_t(its_rows);
+            shapes.row_bytes[tile] = uint16_t(4 * words);
+        };
+        for (int i = 0; i < 4; i++) set(kSums + i, i < 2 ? first : second, kBlock);
+        for (int i = 0; i < 2; i++) set(kTokens + i, i ? second : first, rows), set(kWeights + i, rows, kBlock);
+        Tiles::configure(shapes);
+        first_ = first, second_ = second, rows_ = rows;
+    }
+
+  private:
+    int first_ = 0, second_ = 0, rows_ = 0;
+};
+
+inline Layout layout_of(const Linear& l, void* scratch) {
+    if (!tiled(l)) return on_vectors::layout_of(l, scratch);
+    const int64_t count = (l.tokens + kMostTokens - 1) / kMostTokens, pair = 2 * kTileTokens;
+    return layout_for(l, scratch, (l.tokens + count * pair - 1) / (count * pair) * pair);
+}
+
+/// The tokens from `first` on that share a tile.
+inline void pack_tokens(const Linear& l, const Layout& s, int64_t first, int64_t count) {
+    const int64_t row = tile_rows(l.shape), tile = first / s.tile, unit = std::min(s.tile, l.tokens - tile * s.tile);
+    uint32_t rounded_words[1 << 14];  // of one token: inputs are fewer than 2^16 (ops/packing.py)
+    for (int64_t m = 0; m < count; m++) {
+        const int64_t token = first + m;
+        const void* x = token_of(l, token);
+        if (l.whole) {
+            round_token(l, x, s, 1, rounded_words, s.scale + token, unit, s.whole + tile * s.tile * s.scales + token % s.tile);
+            x = rounded_words;
+        }
+        char* to = reinterpret_cast<char*>(s.packed + first * s.words + m * row);
+        for (int64_t word = 0; word < s.words; word += row) std::memcpy(to + 4 * word * count, static_cast<const char*>(x) + 4 * word, size_t(4 * row));
+    }
+}
+
+inline void pack(const Linear& l, void* scratch, int part, int parts) {
+    if (!tiled(l)) return on_vectors::pack(l, scratch, part, parts);
+    if (as_it_is(l)) return;
+    const Layout s = layout_of(l, scratch);
+    const auto own = team::share((l.tokens + kTileTokens - 1) / kTileTokens, part, parts);
+    for (int64_t i = own.first; i < own.last; i++) pack_tokens(l, s, i * kTileTokens, std::min<int64_t>(kTileTokens, l.tokens - i * kTileTokens));
+}
+
+struct TilesOfBf16 {
+    static constexpr bool kWhole = false, kNibbles = false;
+    template <int C, int A, int B> static void dot() { Tiles::dot_bf16<C, A, B>(); }
+};
+
+struct TilesOfBytes {
+    static constexpr bool kWhole = true, kNibbles = false;
+    template <int C, int A, int B> static void dot() { Tiles::dot_bytes<C, A, B>(); }
+};
+
+struct TilesOfNibbles : TilesOfBytes {
+    static constexpr bool kNibbles = true;
+};
+
+/// The tokens of one tile of the layout.
+struct Unit {
+    const uint8_t* packed;
+    int64_t tokens, token_bytes;
+    int rows;  // of a tile of weights
+
+    int count(int64_t token) const { return int(std::min<int64_t>(kTileTokens, tokens - token)); }
+    const uint8_t* tile(int64_t token, int64_t index) const { return packed + token * token_bytes + index * count(token) * rows * 4; }
+};
+
+/// Tiles of inputs that follow each other: `first`, `count` of them, with their weights. `begin`: there are no sums yet.
+struct Span {
+    int64_t first, count;
+    const uint8_t* weights;
+    bool begin;
+};
+
+/// sums[token][output] += of one tile of tokens and four blocks of outputs (High = 1), or of two and two (High = 2).
+template <class Op, int High>
+inline void add_tiles(const Unit& u, const Span& span, int64_t token, int block, void* sums) {
+    constexpr int Wide = 4 / High;
+    const int64_t row = 4 * u.rows, tile_bytes = u.rows * kRowBytes;
+    const uint8_t* tokens[High];
+    int64_t step[High];
+    EACH(i, High) {
+        tokens[i] = u.tile(token + i * kTileTokens, span.first);
+        step[i] = u.count(token + i * kTileTokens) * row;
+    });
+    const uint8_t* weights = span.weights + block * 64;
+    const auto corner = [&](int i) {
+        return static_cast<char*>(sums) + ((token + i / Wide * kTileTokens) * kGroup + (block + i % Wide) * kBlock) * 4;
+    };
+    EACH(i, 4) {
+        if (span.begin) Tiles::zero<kSums + decltype(i)::value>();
+        else Tiles::load<kSums + decltype(i)::value>(corner(i), 4 * kGroup);
+    });
+    for (int64_t k = 0; k < span.count; k++, weights += tile_bytes) {
+        EACH(i, High) {
+            Tiles::load<kTokens + decltype(i)::value>(tokens[i], row);
+            tokens[i] += step[i];
+        });
+        EACH(j, Wide) {
+            constexpr int Weights = kWeights + decltype(j)::value % 2;
+            if constexpr (High == 1 && !Op::kNibbles)  // one quarter of the next tile's lines for each block: it is 4 KB ahead, all of it
+                for (int64_t at = 0; at < 16 * row; at += 64) __builtin_prefetch(weights + tile_bytes + j * 16 * row + at, 0, 3);
+            Tiles::load<Weights>(weights + j * 64, kRowBytes);
+            EACH(i, High) { Op::template dot<kSums + decltype(i)::value * Wide + decltype(j)::value, kTokens + decltype(i)::value, Weights>(); });
+        });
+    }
+    EACH(i, 4) { Tiles::store<kSums + decltype(i)::value>(corner(i), 4 * kGroup); });
+}
+
+/// All tokens of a unit and all outputs of a group; done(token, count, block, blocks) after each part of them.
+template <class Op, class Done>
+inline void add_span(const Unit& u, const Span& span, void* sums, Tiling& tiling, Done done) {
+    const int64_t pairs = (u.tokens + kTileTokens - 1) / kTileTokens / 2;
+    for (int block = 0; block < kGroup / kBlock && pairs; block += 2)
+        for (int64_t pair = 0; pair < pairs; pair++) {
+            const int64_t token = pair * 2 * kTileTokens;
+            const int second = u.count(token + kTileTokens);
+            tiling.shape(kTileTokens, second, u.rows);
+            add_tiles<Op, 2>(u, span, token, block, sums);
+            done(token, kTileTokens + second, block, 2);
+        }
+    const int64_t token = pairs * 2 * kTileTokens;
+    if (token >= u.tokens) return;
+    tiling.shape(u.count(token), u.count(token), u.rows);
+    add_tiles<Op, 1>(u, span, token, 0, sums);
+    done(token, u.count(token), 0, kGroup / kBlock);
+}
+
+/// Rows of 4-bit codes to twice as many of 8 bits.
+inline void widen_codes(const uint8_t* from, int64_t rows, uint8_t* to) {
+    const auto mask = Lanes::set1_int(0x0f0f0f0f);
+    for (int64_t row = 0; row < rows; row++, from += kRowBytes, to += 2 * kRowBytes)
+        for (int b = 0; b < kRowBytes; b += 64) {
+            __builtin_prefetch(from + kAhead + b, 0, 3);
+            const Lanes::I both = Lanes::load_int(from + b);
+            const Lanes::I low = Lanes::and_int(both, mask), high = Lanes::and_int(Lanes::shift_right<4>(both), mask);
+            std::memcpy(to + b, &low, 64);
+            std::memcpy(to + kRowBytes + b, &high, 64);
+        }
+}
+
+/// Sums of the codes of one scale, scaled and added to a token's numbers, in the order of coded_tile (micro.h).
+inline void scale_sums(const Shape& shape, const uint8_t* header, int64_t scale_index, const Sums& sums, int64_t tokens, int64_t token, int64_t count,
+                       int block, const int32_t* whole, float* numbers) {
+    const bool first = scale_index == 0, last = scale_index == shape.scales() - 1;
+    const auto scale = Lanes::load(reinterpret_cast<const float*>(header) + block * kBlock);
+    const Lanes::I zeros = zeros_of(shape, header, block, 0);
+    for (int64_t m = token; m < token + count; m++) {
+        const int64_t place = m * kGroup + block * kBlock;
+        const Lanes::I codes = Lanes::load_int(whole + place);
+        const auto part = Lanes::to_float(Lanes::sub_int(codes, Lanes::mul_int(zeros, Lanes::set1_int(sums.whole[scale_index * tokens + m]))));
+        auto value = first ? Lanes::mul(part, scale) : Lanes::fma(part, scale, Lanes::load(numbers + place));
+        if (last) value = Lanes::mul(value, Lanes::set1(sums.scale[m]));
+        Lanes::store(numbers + place, value);
+    }
+}
+
+/// numbers[token][output] of a unit and one group of outputs, chunk by chunk of the inputs: sums go to memory and back exactly.
+template <class Op>
+void multiply_group(const Shape& shape, const Unit& u, const Sums& sums, const uint8_t* group, float* numbers, Tiling& tiling) {
+    alignas(64) int32_t whole[Op::kWhole ? kMostTokens * kGroup : 1];
+    alignas(64) uint8_t widened[Op::kNibbles ? kChunk * kTileRows * kRowBytes : 1];
+    void* const to = Op::kWhole ? static_cast<void*>(whole) : numbers;
+    const int64_t scales = shape.scales(), rows = shape.rows_a_scale(), tiles = rows * (Op::kNibbles ? 2 : 1) / u.rows;
+    const int64_t chunk = Op::kNibbles || u.tokens > kTileTokens ? kChunk : tiles;  // one tile of tokens reads weights once, in order
+    for (int64_t g = 0; g < scales; g++) {
+        const uint8_t* const weights = group + shape.header_bytes();
+        for (int64_t tile = 0; tile < tiles; tile += chunk) {
+            const int64_t count = std::min(chunk, tiles - tile);
+            Span span{g * tiles + tile, count, weights + tile * u.rows * kRowBytes, tile == 0};
+            if constexpr (Op::kNibbles) {
+                widen_codes(weights + tile * u.rows / 2 * kRowBytes, count * u.rows / 2, widened);
+                span.weights = widened;
+            }
+            add_span<Op>(u, span, to, tiling, [&](int64_t token, int64_t tokens, int block, int blocks) {
+                if (!Op::kWhole || tile + count < tiles) return;
+                for (int b = block; b < block + blocks; b++) scale_sums(shape, group, g, sums, u.tokens, token, tokens, b, whole, numbers);
+            });
+        }
+        group = weights + rows * kRowBytes;
+    }
+}
+
+/// One tile of tokens times one group of outputs: [tokens of the tile][64].
+inline void multiply(const Linear& l, const Layout& s, int64_t tile, int64_t group, float* numbers, Tiling& tiling) {
+    if (!tiled(l)) return on_vectors::multiply(l, s, tile, group, numbers);
+    const int64_t first = tile * s.tile, count = std::min(s.tile, l.tokens - first);
+    const Sums sums{s.scale + first, s.whole + first * s.scales, nullptr};
+    const void* packed = as_it_is(l) ? token_of(l, 0) : s.packed + first * s.words;
+    const Unit u{static_cast<const uint8_t*>(packed), count, 4 * s.words, tile_rows(l.shape)};
+    const auto of = l.shape.kind == Weight::bf16   ? multiply_group<TilesOfBf16>
+                    : l.shape.kind == Weight::int8 ? multiply_group<TilesOfBytes>
+                                                   : multiply_group<TilesOfNibbles>;
+    of(l.shape, u, sums, l.weight + group * l.shape.group_bytes(), numbers, tiling);
+}
+
+}  // namespace

@@ -1,0 +1,19 @@
+// Products of an instruction set without tiles: all of them on vector registers.
+#pragma once
+#include "vectors.h"
+
+namespace {
+
+using on_vectors::layout_of;
+using on_vectors::pack;
+
+constexpr int64_t kMostTokens = Lanes::kMaxRows;  // in a tile of tokens
+
+/// What a thread holds from product to product: nothing here, see tiled.h.
+struct Tiling {};
+
+inline void multiply(const Linear& l, const Layout& s, int64_t tile, int64_t group, float* numbers, Tiling&) {
+    on_vectors::multiply(l, s, tile, group, numbers);
+}
+
+}  // namespace
