@@ -150,10 +150,10 @@ NB_MODULE(_native, m) {
     m.def("end_step", &step::end);
     m.def("packed_bytes", [](int kind, int64_t i, int64_t o, int64_t s, bool z) { return shape_of(kind, i, o, s, z).bytes(); });
     m.def("pack_dense", [](int kind, int64_t i, int64_t o, uintptr_t w, int64_t stride, uintptr_t out) {
-        pack_dense(shape_of(kind, i, o, 0, false), at<const void>(w), stride, at<uint8_t>(out), step::threads());
+        pack_dense(*chosen, shape_of(kind, i, o, 0, false), at<const void>(w), stride, at<uint8_t>(out), step::threads());
     }, free_gil);
     m.def("pack_coded", [](int kind, int64_t i, int64_t o, int64_t s, bool z, uintptr_t codes, uintptr_t scale, uintptr_t zero, uintptr_t out) {
-        pack_coded(shape_of(kind, i, o, s, z), at<const uint8_t>(codes), at<const float>(scale), at<const uint8_t>(zero), at<uint8_t>(out), step::threads());
+        pack_coded(*chosen, shape_of(kind, i, o, s, z), at<const uint8_t>(codes), at<const float>(scale), at<const uint8_t>(zero), at<uint8_t>(out), step::threads());
     }, free_gil);
     m.def("linear", &linear, free_gil);
     m.def("norm", &norm, free_gil);

@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernels.h"
 #include "team.h"
 
-void pack_dense(const Shape& shape, const void* weight, int64_t stride, uint8_t* out, int threads) {
+void pack_dense(const Kernels& table, const Shape& shape, const void* weight, int64_t stride, uint8_t* out, int threads) {
     const int64_t rows = shape.rows_a_scale(), bytes = shape.kind == Weight::f32 ? 4 : 2;
     team::each(threads, [&](int thread, int count) {
         const auto own = team::share(shape.groups(), thread, count);
@@ -14,12 +13,12 @@ void pack_dense(const Shape& shape, const void* weight, int64_t stride, uint8_t*
             uint8_t* group = out + g * shape.group_bytes();
             const int64_t outputs = std::min<int64_t>(kGroup, shape.outputs - g * kGroup);
             if (outputs < kGroup) std::memset(group, 0, size_t(shape.group_bytes()));
-            chosen->lay_words(static_cast<const char*>(weight) + g * kGroup * stride * bytes, stride * bytes, outputs, rows, group);
+            table.lay_words(static_cast<const char*>(weight) + g * kGroup * stride * bytes, stride * bytes, outputs, rows, group);
         }
     });
 }
 
-void pack_coded(const Shape& shape, const uint8_t* codes, const float* scale, const uint8_t* zero, uint8_t* out, int threads) {
+void pack_coded(const Kernels& table, const Shape& shape, const uint8_t* codes, const float* scale, const uint8_t* zero, uint8_t* out, int threads) {
     const int64_t rows = shape.rows_a_scale(), scales = shape.scales();
     team::each(threads, [&](int thread, int count) {
         const auto own = team::share(shape.groups(), thread, count);
@@ -34,8 +33,8 @@ void pack_coded(const Shape& shape, const uint8_t* codes, const float* scale, co
                 }
                 part += shape.header_bytes();
                 const uint8_t* from = codes + first * shape.inputs + s * shape.scale_inputs;
-                if (shape.kind == Weight::int8) chosen->lay_words(from, shape.inputs, outputs, rows, part);
-                else chosen->lay_halves(from, shape.inputs, outputs, rows, part);
+                if (shape.kind == Weight::int8) table.lay_words(from, shape.inputs, outputs, rows, part);
+                else table.lay_halves(from, shape.inputs, outputs, rows, part);
                 part += rows * kRowBytes;
             }
         }

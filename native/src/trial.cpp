@@ -59,14 +59,14 @@ struct Case {
         if (s.kind == Weight::bf16) {
             std::vector<uint16_t> dense(static_cast<size_t>(numbers));
             for (int64_t i = 0; i < numbers; i++) dense[size_t(i)] = bf16_of(float(whole(i + 1, 3) - 1));
-            pack_dense(s, dense.data(), s.inputs, weight.get(), 1);
+            pack_dense(kScalar, s, dense.data(), s.inputs, weight.get(), 1);
             return;
         }
         std::vector<uint8_t> codes(static_cast<size_t>(numbers)), zeros(static_cast<size_t>(s.outputs * s.scales()));
         std::vector<float> scales(zeros.size());
         for (int64_t i = 0; i < numbers; i++) codes[size_t(i)] = uint8_t(whole(i + 2, s.kind == Weight::int8 ? 256 : 16));
         for (size_t i = 0; i < zeros.size(); i++) zeros[i] = uint8_t(whole(int64_t(i) + 3, 16)), scales[i] = float(1 << whole(int64_t(i), 3));
-        pack_coded(s, codes.data(), scales.data(), zeros.data(), weight.get(), 1);
+        pack_coded(kScalar, s, codes.data(), scales.data(), zeros.data(), weight.get(), 1);
     }
 
     std::vector<float> product(const Kernels& table, int64_t tokens) const {
