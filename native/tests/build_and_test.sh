@@ -12,6 +12,7 @@ fi
 build_and_test() {
     options=$1
     shift
+    mkdir -p "$BUILD"
     # shellcheck disable=SC2086 # the options are words
     cmake -S native -B "$BUILD" $options ${SANITIZE:+-DLINESHAFT_SANITIZE=ON} -DPython_EXECUTABLE="$(command -v "$python")" \
         -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" >"$BUILD/configure.log"
