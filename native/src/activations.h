@@ -22,11 +22,17 @@ struct Layout {
     int64_t tiles(int64_t tokens) const { return (tokens + tile - 1) / tile; }
 };
 
+/// Are codes multiplied as pairs of bf16? They and activations in bf16 are exact in it.
+inline bool in_pairs(const Linear& l) { return Lanes::kDotBf16 && l.activation == Activation::bf16 && l.shape.scale_inputs && !l.whole; }
+
+/// 32-bit words of a token's packed activations.
+inline int64_t words_of(const Linear& l) { return in_pairs(l) ? l.shape.inputs / 2 : l.shape.words(l.whole); }
+
 /// The same for tiles of so many tokens.
 inline Layout layout_for(const Linear& l, void* scratch, int64_t tile) {
     Layout s;
     s.tile = tile;
-    s.words = l.shape.words(l.whole);
+    s.words = words_of(l);
     s.scales = l.shape.scales();
     s.packed = static_cast<uint32_t*>(scratch);
     s.scale = reinterpret_cast<float*>(s.packed + l.tokens * s.words);
@@ -61,17 +67,26 @@ inline void round_token(const Linear& l, const void* x, const Layout& s, int64_t
     }
 }
 
+inline void pack_words(const Linear& l, const void* x, const Layout& s, int64_t step, uint32_t* to) {
+    const auto* narrow = static_cast<const uint16_t*>(x);
+    if (in_pairs(l) && l.shape.kind == Weight::int4) {
+        for (int64_t i = 0; i < s.words; i++) {  // of eight inputs 0 and 2, 1 and 3, 4 and 6, 5 and 7: see DotW4Pairs
+            const int64_t first = i / 2 * 4 + i % 2;
+            to[i * step] = uint32_t(narrow[first]) | uint32_t(narrow[first + 2]) << 16;
+        }
+    } else if (in_pairs(l) || l.shape.kind == Weight::bf16) {
+        for (int64_t i = 0; i < s.words; i++) std::memcpy(&to[i * step], narrow + 2 * i, 4);
+    } else {
+        for (int64_t i = 0; i < s.words; i++) {
+            const float value = at(l.activation, x, i);
+            std::memcpy(&to[i * step], &value, 4);
+        }
+    }
+}
+
 inline void pack_token(const Linear& l, const void* x, const Layout& s, int64_t step, uint32_t* to, float* sums) {
-    if (l.shape.kind == Weight::bf16) {
-        const auto* pairs = static_cast<const uint16_t*>(x);
-        for (int64_t i = 0; i < s.words; i++) std::memcpy(&to[i * step], pairs + 2 * i, 4);
-        return;
-    }
-    for (int64_t i = 0; i < s.words; i++) {
-        const float value = at(l.activation, x, i);
-        std::memcpy(&to[i * step], &value, 4);
-    }
-    if (!l.shape.zeros) return;
+    pack_words(l, x, s, step, to);
+    if (!l.shape.scale_inputs || !l.shape.zeros) return;
     const int64_t group = l.shape.scale_inputs;
     for (int64_t g = 0; g < s.scales; g++) {
         float sum = 0;

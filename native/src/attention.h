@@ -201,10 +201,12 @@ inline void hide(const Reach& r, int64_t q, int64_t start, float* scores) {
 inline void score(const Attention& a, const Item& item, Bench& bench) {
     const int words = words_of(a);
     const Shape shape{a.activation == Activation::f32 ? Weight::f32 : Weight::bf16, a.key_width, kGroup, 0, false};
+    const auto* keys = reinterpret_cast<const uint8_t*>(bench.keys);
+    const Piece piece{shape, keys, shape.rows_a_scale(), nullptr, 0, true, true, {keys, 0}};
     for (int64_t row = 0; row < item.rows(); row += Lanes::kMaxRows) {
         const int count = int(std::min<int64_t>(Lanes::kMaxRows, item.rows() - row));
-        const Tile tile = shape.kind == Weight::f32 ? tile_for<DotF32, false>(count) : tile_for<DotBf16, false>(count);
-        tile(shape, bench.queries + row * words, reinterpret_cast<const uint8_t*>(bench.keys), 0, Sums{}, bench.scores + row * kStep);
+        const auto take = shape.kind == Weight::f32 ? on_vectors::take_for<DotF32, false>(count) : on_vectors::take_for<DotBf16, false>(count);
+        take(piece, {bench.queries + row * words, Sums{}, nullptr, bench.scores + row * kStep});
     }
 }
 

@@ -48,6 +48,10 @@ struct Lanes {
         return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
     }
 
+    static void store_int(void* p, I x) {
+        _mm256_storeu_si256(static_cast<__m256i*>(p), x.a);
+        _mm256_storeu_si256(static_cast<__m256i*>(p) + 1, x.b);
+    }
     static I load_int(const void* p) {
         return {_mm256_loadu_si256(static_cast<const __m256i*>(p)), _mm256_loadu_si256(static_cast<const __m256i*>(p) + 1)};
     }

@@ -45,6 +45,7 @@ struct Lanes {
     static float largest(F x) { return _mm512_reduce_max_ps(x); }
 
     static I load_int(const void* p) { return _mm512_loadu_si512(p); }
+    static void store_int(void* p, I x) { _mm512_storeu_si512(p, x); }
     static I set1_int(int32_t x) { return _mm512_set1_epi32(x); }
     static I sub_int(I x, I y) { return _mm512_sub_epi32(x, y); }
     static I mul_int(I x, I y) { return _mm512_mullo_epi32(x, y); }
@@ -109,6 +110,16 @@ struct Lanes {
     /// acc += four unsigned bytes of w times four signed bytes of a, in each lane.
     static I dot_bytes(I acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
 #ifdef LINESHAFT_DOT_BF16
+    /// Pairs of bf16 of two whole numbers in [-256, 256] each.
+    static I pair(F low, F high) { return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high)); }
+    /// Pairs of bf16 of the four bits from bit N on of each half of a word, minus 8: a permutation reads the low five bits of its
+    /// index, so the table stands there twice.
+    template <int N> static I nibble_pairs(I x) {
+        alignas(64) static constexpr uint16_t table[32] = {
+            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+        return _mm512_permutexvar_epi16(_mm512_srli_epi16(x, N), _mm512_load_si512(table));
+    }
     /// acc += both products of a pair of bf16, in each lane.
     static F dot_pairs(F acc, I w, I a) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)a); }
 #else

@@ -42,6 +42,7 @@ struct Lanes {
     }
     static float largest(F a) { float m = a.v[0]; for (int i = 1; i < 16; i++) m = a.v[i] > m ? a.v[i] : m; return m; }
 
+    static void store_int(void* p, I a) { std::memcpy(p, a.v, 64); }
     static I load_int(const void* p) { I r; std::memcpy(r.v, p, 64); return r; }
     static I set1_int(int32_t x) { return each_int([&](int) { return x; }); }
     static I sub_int(I a, I b) { return each_int([&](int i) { return a.v[i] - b.v[i]; }); }

@@ -1,5 +1,6 @@
 // The innermost loops: some tokens times some blocks of 16 outputs, over inputs that follow each other in packed rows.
 #pragma once
+#include <type_traits>
 #include <utility>
 
 #include "dots.h"
@@ -18,14 +19,23 @@ inline __attribute__((always_inline)) void times(Fn fn) {
     (std::make_integer_sequence<int, N>{});
 }
 
+/// Blocks of outputs worked on together, so that accumulators of so many tokens fit into registers.
+constexpr int blocks_for(int tokens) { return Lanes::kBlocks == 4 ? 4 : Lanes::kMaxRows < 4 ? 1 : tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
+
 #define EACH(index, count) times<count>([&](auto index) __attribute__((always_inline))
+
+/// Which memory is asked for while rows are worked on: four lines for each of them.
+struct Ahead {
+    const uint8_t* from;
+    int64_t step;  // bytes from row to row
+};
 
 /// acc[m][b] += activations of token m times block b, over `rows` packed rows from `w` on.
 /// a: packed words, those of one row of all `M` tokens together: [rows][words a row][M].
 template <class Dot, int M, int B>
-inline __attribute__((always_inline)) void accumulate(const uint32_t* a, const uint8_t* w, int64_t rows, typename Dot::Acc (&acc)[M][B]) {
+inline __attribute__((always_inline)) void accumulate(const uint32_t* a, const uint8_t* w, int64_t rows, Ahead ahead, typename Dot::Acc (&acc)[M][B]) {
     for (int64_t row = 0; row < rows; row++) {
-        EACH(b, B) { __builtin_prefetch(w + kAhead + b * 64, 0, 3); });
+        EACH(b, B) { __builtin_prefetch(ahead.from + b * 64, 0, 3); });
         typename Dot::W weights[B];
         EACH(b, B) { weights[b] = Dot::weights(w + b * 64); });
         EACH(m, M) {
@@ -34,12 +44,8 @@ inline __attribute__((always_inline)) void accumulate(const uint32_t* a, const u
         });
         a += M * Dot::kWords;
         w += kRowBytes;
+        ahead.from += ahead.step;
     }
-}
-
-template <class Dot, int M, int B>
-inline __attribute__((always_inline)) void clear(typename Dot::Acc (&acc)[M][B]) {
-    EACH(m, M) { EACH(b, B) { acc[m][b] = Dot::zero(); }); });
 }
 
 /// What quantised weights need of the tokens besides their packed words.
@@ -68,41 +74,70 @@ inline __attribute__((always_inline)) Lanes::F centred(const Shape& shape, typen
     }
 }
 
-/// out[m * kGroup + ...] of M tokens and the B blocks from `first` on of one group of outputs.
-template <class Dot, int M, int B>
-void dense_tile(const Shape& shape, const uint32_t* a, const uint8_t* group, int first, const Sums&, float* out) {
-    typename Dot::Acc acc[M][B];
-    clear<Dot, M, B>(acc);
-    accumulate<Dot, M, B>(a, group + first * 64, shape.rows_a_scale(), acc);
-    EACH(m, M) { EACH(b, B) { Lanes::store(out + m * kGroup + (first + b) * kBlock, acc[m][b]); }); });
+/// Neighbouring packed rows of one group of outputs, all within one scale.
+struct Piece {
+    const Shape& shape;
+    const uint8_t* weights;
+    int64_t rows;
+    const uint8_t* header;  // scales and zero points before the rows; null: dense
+    int64_t scale;          // which of a token's scales that is
+    bool begin, end;        // of what shares it
+    Ahead ahead;
+};
+
+/// A tile of tokens, and where their numbers are: [tokens][64] each.
+struct Tokens {
+    const uint32_t* packed;  // those of the piece's first row
+    Sums sums;
+    void* parts;             // sums of a scale whose end is not reached: float32 or int32
+    float* out;
+};
+
+template <class Acc>
+inline Acc load_part(const void* p) {
+    if constexpr (std::is_same_v<Acc, Lanes::F>) return Lanes::load(static_cast<const float*>(p));
+    else return Lanes::load_int(p);
 }
 
-/// The same for quantised weights: sums over each group of inputs, then times their scales, added in the order of the inputs.
+inline void store_part(void* p, Lanes::F x) { Lanes::store(static_cast<float*>(p), x); }
+inline void store_part(void* p, Lanes::I x) { Lanes::store_int(p, x); }
+
+/// What a scale's sums are for the tokens' numbers.
 template <class Dot, int M, int B>
-void coded_tile(const Shape& shape, const uint32_t* a, const uint8_t* group, int first, const Sums& sums, float* out) {
-    const int64_t rows = shape.rows_a_scale(), scales = shape.scales(), header = shape.header_bytes();
-    for (int64_t g = 0; g < scales; g++) {
-        typename Dot::Acc acc[M][B];
-        clear<Dot, M, B>(acc);
-        accumulate<Dot, M, B>(a, group + header + first * 64, rows, acc);
-        EACH(b, B) {
-            const int block = first + b;
-            const auto scale = Lanes::load(reinterpret_cast<const float*>(group) + block * kBlock);
-            EACH(m, M) {
-                float* place = out + m * kGroup + block * kBlock;
-                const auto part = centred<Dot>(shape, acc[m][b], group, block, sums, g * M + m);
-                Lanes::store(place, g ? Lanes::fma(part, scale, Lanes::load(place)) : Lanes::mul(part, scale));
-            });
+inline __attribute__((always_inline)) void finish(const Piece& piece, const Tokens& tokens, int first, typename Dot::Acc (&acc)[M][B]) {
+    const bool last = tokens.sums.scale && piece.scale == piece.shape.scales() - 1;
+    EACH(b, B) {
+        const int block = first + b;
+        const auto scale = Lanes::load(reinterpret_cast<const float*>(piece.header) + block * kBlock);
+        EACH(m, M) {
+            float* place = tokens.out + m * kGroup + block * kBlock;
+            const auto part = centred<Dot>(piece.shape, acc[m][b], piece.header, block, tokens.sums, piece.scale * M + m);
+            auto value = piece.scale ? Lanes::fma(part, scale, Lanes::load(place)) : Lanes::mul(part, scale);
+            if (last) value = Lanes::mul(value, Lanes::set1(tokens.sums.scale[m]));
+            Lanes::store(place, value);
         });
-        a += rows * Dot::kWords * M;
-        group += header + rows * kRowBytes;
-    }
-    if (!sums.scale) return;
-    for (int m = 0; m < M; m++)
-        for (int b = 0; b < B; b++) {
-            float* place = out + m * kGroup + (first + b) * kBlock;
-            Lanes::store(place, Lanes::mul(Lanes::load(place), Lanes::set1(sums.scale[m])));
+    });
+}
+
+/// A piece times M tokens. Dense numbers are complete with the last piece; coded ones are, at the end of each scale, centred,
+/// scaled and added in the order of the scales, and at the end of the last one multiplied by the token's own scale.
+template <class Dot, bool Coded, int M>
+void take(const Piece& piece, const Tokens& tokens) {
+    constexpr int B = blocks_for(M);
+    for (int first = 0; first < kGroup / kBlock; first += B) {
+        typename Dot::Acc acc[M][B];
+        const auto part = [&](int m, int b) { return static_cast<float*>(tokens.parts) + m * kGroup + (first + b) * kBlock; };
+        if (piece.begin) EACH(m, M) { EACH(b, B) { acc[m][b] = Dot::zero(); }); });
+        else EACH(m, M) { EACH(b, B) { acc[m][b] = load_part<typename Dot::Acc>(part(m, b)); }); });
+        accumulate<Dot, M, B>(tokens.packed, piece.weights + first * 64, piece.rows, piece.ahead, acc);
+        if (!piece.end) {
+            EACH(m, M) { EACH(b, B) { store_part(part(m, b), acc[m][b]); }); });
+        } else if constexpr (!Coded) {
+            EACH(m, M) { EACH(b, B) { Lanes::store(tokens.out + m * kGroup + (first + b) * kBlock, acc[m][b]); }); });
+        } else {
+            finish<Dot, M, B>(piece, tokens, first, acc);
         }
+    }
 }
 
 }  // namespace

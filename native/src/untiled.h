@@ -7,7 +7,7 @@ namespace {
 using on_vectors::layout_of;
 using on_vectors::pack;
 
-constexpr int64_t kMostTokens = Lanes::kMaxRows;  // in a tile of tokens
+using on_vectors::kMostTokens;
 
 /// What a thread holds from product to product: nothing here, see tiled.h.
 struct Tiling {};

@@ -1,60 +1,46 @@
-// The product of some tokens and one group of outputs on vector registers: as many tokens at a time as accumulators fit.
+// The product of some tokens and one group of outputs on vector registers.
+//
+// As many tokens at a time as accumulators fit are a tile. Codes that several tiles of bf16 meet are made pairs of bf16 once for all
+// of them, in pieces that stay in the first cache: a piece's sums go to memory and back exactly, so a token's numbers
+// are the same bits as if its tile were alone.
 #pragma once
 #include "activations.h"
 #include "micro.h"
 #include "team.h"
 
 namespace {
+namespace on_vectors {
 
-constexpr int blocks_for(int tokens) { return Lanes::kBlocks == 4 ? 4 : Lanes::kMaxRows < 4 ? 1 : tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
-
-using Tile = void (*)(const Shape&, const uint32_t*, const uint8_t*, int, const Sums&, float*);
-
-template <class Dot, bool Coded, int M>
-void whole_group(const Shape& shape, const uint32_t* a, const uint8_t* group, int, const Sums& sums, float* out) {
-    constexpr int B = blocks_for(M);
-    for (int first = 0; first < kGroup / kBlock; first += B) {
-        if constexpr (Coded) coded_tile<Dot, M, B>(shape, a, group, first, sums, out);
-        else dense_tile<Dot, M, B>(shape, a, group, first, sums, out);
-    }
-}
+using Take = void (*)(const Piece&, const Tokens&);
 
 template <class Dot, bool Coded>
-Tile tile_for(int tokens) {
+Take take_for(int tokens) {
     switch (tokens) {
-        case 1: return whole_group<Dot, Coded, 1>;
-        case 2: return whole_group<Dot, Coded, 2>;
+        case 1: return take<Dot, Coded, 1>;
+        case 2: return take<Dot, Coded, 2>;
         default: break;
     }
     if constexpr (Lanes::kMaxRows >= 4) {
-        if (tokens == 3) return whole_group<Dot, Coded, 3>;
-        if (tokens == 4) return whole_group<Dot, Coded, 4>;
+        if (tokens == 3) return take<Dot, Coded, 3>;
+        if (tokens == 4) return take<Dot, Coded, 4>;
     }
-    if constexpr (Lanes::kMaxRows >= 6) {
-        if (tokens == 5) return whole_group<Dot, Coded, 5>;
-        return whole_group<Dot, Coded, 6>;
-    }
-    return whole_group<Dot, Coded, 2>;
+    if constexpr (Lanes::kMaxRows >= 6) return tokens == 5 ? take<Dot, Coded, 5> : take<Dot, Coded, 6>;
+    return take<Dot, Coded, 2>;
 }
 
-inline Tile tile_of(const Linear& l, int tokens) {
-    switch (l.shape.kind) {
-        case Weight::f32: return tile_for<DotF32, false>(tokens);
-        case Weight::bf16: return tile_for<DotBf16, false>(tokens);
-        case Weight::int8: return l.whole ? tile_for<DotI8, true>(tokens) : tile_for<DotW8, true>(tokens);
-        default: return l.whole ? tile_for<DotI4, true>(tokens) : tile_for<DotW4, true>(tokens);
-    }
+constexpr int64_t kTiles = 16;  // that share what was unpacked
+constexpr int64_t kMostTokens = kTiles * Lanes::kMaxRows;
+constexpr int64_t kUnpacked = 64;  // rows of a piece: 16 KB
+
+/// Tokens of a tile: all tiles alike, but for the last.
+inline int64_t tile_tokens(int64_t tokens) {
+    const int64_t count = (tokens + Lanes::kMaxRows - 1) / Lanes::kMaxRows;
+    return (tokens + count - 1) / count;
 }
 
-namespace on_vectors {
+inline Layout layout_of(const Linear& l, void* scratch) { return layout_for(l, scratch, kTiles * tile_tokens(l.tokens)); }
 
-inline Layout layout_of(const Linear& l, void* scratch) {
-    const int64_t most = Lanes::kMaxRows, count = (l.tokens + most - 1) / most;
-    return layout_for(l, scratch, (l.tokens + count - 1) / count);
-}
-
-inline void pack_tile(const Linear& l, const Layout& s, int64_t tile) {
-    const int64_t first = tile * s.tile, count = std::min(s.tile, l.tokens - first);
+inline void pack_tile(const Linear& l, const Layout& s, int64_t first, int64_t count) {
     for (int64_t m = 0; m < count; m++) {
         const void* x = token_of(l, first + m);
         uint32_t* to = s.packed + first * s.words + m;
@@ -66,16 +52,113 @@ inline void pack_tile(const Linear& l, const Layout& s, int64_t tile) {
 inline void pack(const Linear& l, void* scratch, int part, int parts) {
     if (as_it_is(l)) return;
     const Layout s = layout_of(l, scratch);
-    const auto own = team::share(s.tiles(l.tokens), part, parts);
-    for (int64_t tile = own.first; tile < own.last; tile++) pack_tile(l, s, tile);
+    const int64_t wide = tile_tokens(l.tokens);
+    const auto own = team::share((l.tokens + wide - 1) / wide, part, parts);
+    for (int64_t tile = own.first; tile < own.last; tile++) pack_tile(l, s, tile * wide, std::min(wide, l.tokens - tile * wide));
 }
 
-/// One tile of tokens times one group of outputs: [tokens of the tile][64].
+/// How the weights of a product are taken: their rows as they are, or for several tiles made rows of bf16 pairs first.
+struct Way {
+    Take (*take_for)(int tokens);
+    void (*unpack)(const uint8_t* rows, int64_t count, uint8_t* to);  // null: as they are
+    int words;  // of activations to a row
+};
+
+#ifdef LINESHAFT_DOT_BF16
+template <class Dot>
+void unpack_pairs(const uint8_t* rows, int64_t count, uint8_t* to) {
+    for (int64_t row = 0; row < count; row++, rows += kRowBytes, to += Dot::kWords * kRowBytes)
+        for (int b = 0; b < kRowBytes; b += 64) {
+            const auto made = Dot::weights(rows + b);
+            for (int j = 0; j < Dot::kWords; j++) Lanes::store_int(to + j * kRowBytes + b, made.pairs[j]);
+        }
+}
+#endif
+
+inline Way way_of(const Linear& l, bool several) {
+#ifdef LINESHAFT_DOT_BF16
+    if (in_pairs(l)) {
+        const bool bytes = l.shape.kind == Weight::int8;
+        if (several) return {take_for<DotBf16, true>, bytes ? unpack_pairs<DotW8Pairs> : unpack_pairs<DotW4Pairs>, bytes ? DotW8Pairs::kWords : DotW4Pairs::kWords};
+        return bytes ? Way{take_for<DotW8Pairs, true>, nullptr, DotW8Pairs::kWords}
+                     : Way{take_for<DotW4Pairs, true>, nullptr, DotW4Pairs::kWords};
+    }
+#else
+    (void)several;
+#endif
+    switch (l.shape.kind) {
+        case Weight::f32: return {take_for<DotF32, false>, nullptr, DotF32::kWords};
+        case Weight::bf16: return {take_for<DotBf16, false>, nullptr, DotBf16::kWords};
+        case Weight::int8: return l.whole ? Way{take_for<DotI8, true>, nullptr, DotI8::kWords} : Way{take_for<DotW8, true>, nullptr, DotW8::kWords};
+        default: return l.whole ? Way{take_for<DotI4, true>, nullptr, DotI4::kWords} : Way{take_for<DotW4, true>, nullptr, DotW4::kWords};
+    }
+}
+
+/// The tokens of one tile of the layout: tiles of registers.
+struct Unit {
+    const Linear& l;
+    const Layout& s;
+    int64_t first, count, wide;
+    const uint32_t* packed;
+
+    int64_t tiles() const { return (count + wide - 1) / wide; }
+    int64_t here(int64_t tile) const { return std::min(wide, count - tile * wide); }
+    Tokens tokens(int64_t tile, float* parts, float* numbers) const {
+        const int64_t from = tile * wide, at = first + from;
+        const Sums sums{l.whole ? s.scale + at : nullptr, s.whole + at * s.scales, s.real + at * s.scales};
+        return {packed + from * s.words, sums, parts ? parts + from * kGroup : nullptr, numbers + from * kGroup};
+    }
+};
+
+/// Rows as they are: each tile takes all of them.
+inline void take_rows(const Way& way, const Unit& u, const uint8_t* group, float* numbers) {
+    const Shape& shape = u.l.shape;
+    const int64_t rows = shape.rows_a_scale();
+    for (int64_t tile = 0; tile < u.tiles(); tile++) {
+        const Take take = way.take_for(int(u.here(tile)));
+        Tokens tokens = u.tokens(tile, nullptr, numbers);
+        const uint8_t* header = group;
+        for (int64_t scale = 0; scale < shape.scales(); scale++) {
+            const uint8_t* const from = header + shape.header_bytes();
+            take({shape, from, rows, header, scale, true, true, {from + kAhead, kRowBytes}}, tokens);
+            tokens.packed += rows * way.words * u.here(tile);
+            header = from + rows * kRowBytes;
+        }
+    }
+}
+
+/// Pieces of rows, unpacked once for all tiles. The memory of the next piece is asked for meanwhile.
+inline void take_unpacked(const Way& way, const Unit& u, const uint8_t* group, float* numbers) {
+    alignas(64) float parts[kMostTokens * kGroup];
+    alignas(64) uint8_t unpacked[kUnpacked * kRowBytes];
+    const Shape& shape = u.l.shape;
+    const int64_t rows = shape.rows_a_scale(), most = kUnpacked / way.words;
+    const uint8_t* header = group;
+    for (int64_t scale = 0; scale < shape.scales(); scale++) {
+        const uint8_t* const first = header + shape.header_bytes();
+        for (int64_t row = 0; row < rows; row += most) {
+            const int64_t count = std::min(most, rows - row);
+            const uint8_t* const from = first + row * kRowBytes;
+            way.unpack(from, count, unpacked);
+            const Piece piece{shape, unpacked, count * way.words, header, scale, row == 0, row + count == rows,
+                              {from + count * kRowBytes, kRowBytes / way.words}};
+            for (int64_t tile = 0; tile < u.tiles(); tile++) {
+                Tokens tokens = u.tokens(tile, parts, numbers);
+                tokens.packed += (scale * rows + row) * way.words * u.here(tile);
+                way.take_for(int(u.here(tile)))(piece, tokens);
+            }
+        }
+        header = first + rows * kRowBytes;
+    }
+}
+
+/// One tile of the layout times one group of outputs: [tokens][64].
 inline void multiply(const Linear& l, const Layout& s, int64_t tile, int64_t group, float* numbers) {
-    const int64_t first = tile * s.tile, count = std::min(s.tile, l.tokens - first);
-    const Sums sums{l.whole ? s.scale + first : nullptr, s.whole + first * s.scales, s.real + first * s.scales};
+    const int64_t first = tile * s.tile;
     const auto* packed = as_it_is(l) ? static_cast<const uint32_t*>(token_of(l, 0)) : s.packed + first * s.words;
-    tile_of(l, int(count))(l.shape, packed, l.weight + group * l.shape.group_bytes(), 0, sums, numbers);
+    const Unit u{l, s, first, std::min(s.tile, l.tokens - first), tile_tokens(l.tokens), packed};
+    const Way way = way_of(l, u.tiles() > 1);
+    (way.unpack ? take_unpacked : take_rows)(way, u, l.weight + group * l.shape.group_bytes(), numbers);
 }
 
 }  // namespace on_vectors
