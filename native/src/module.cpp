@@ -37,16 +37,19 @@ void linear(int kind, int64_t inputs, int64_t outputs, int64_t scale_inputs, boo
     const Linear l{shape_of(kind, inputs, outputs, scale_inputs, zeros), at<const uint8_t>(weight), at<const float>(bias), whole,
                    Activation(activation), at<const void>(x), x_stride, at<void>(out), out_stride, tokens};
     step::reserve(size_t(tokens) * size_t(inputs + l.shape.scales() + 1) * 4);
-    step::perform(tokens, inputs, [l](int64_t now, int part, int parts) {
-        Linear own = l;
-        own.tokens = now;
-        chosen->pack(own, step::scratch(), part, parts);
-    });
+    const step::Contents packed{int64_t(x), x_stride, activation, kind, inputs, scale_inputs, zeros, 1 + int64_t(whole)};
+    if (!step::holds(packed))  // else another weight, such as that of keys after that of queries, met the same activations
+        step::perform(tokens, inputs, [l](int64_t now, int part, int parts) {
+            Linear own = l;
+            own.tokens = now;
+            chosen->pack(own, step::scratch(), part, parts);
+        });
     step::perform(tokens, inputs * outputs, [l](int64_t now, int part, int parts) {
         Linear own = l;
         own.tokens = now;
         chosen->linear(own, step::scratch(), part, parts);
     });
+    if (out != x) step::left(packed);
 }
 
 void norm(int activation, uintptr_t x, int64_t x_stride, int weight_kind, uintptr_t weight, float eps, uintptr_t out, int64_t out_stride, int64_t tokens,

@@ -19,6 +19,7 @@ int wanted_threads = 1;
 std::unique_ptr<Step> recording;
 std::unique_ptr<void, Free> memory;
 size_t memory_bytes = 0;
+Contents contents = {};
 
 constexpr int64_t kFew = 8192;     // numbers that one thread has done before another has heard of them
 constexpr int kPartsAThread = 4;  // so that one that is slower, or held up, does fewer
@@ -57,6 +58,7 @@ void Step::run(int64_t tokens) const {
 void begin() {
     if (recording) throw std::logic_error("a step is being recorded already");
     recording = std::make_unique<Step>();
+    contents = {};
 }
 
 Step end() {
@@ -76,7 +78,11 @@ void reserve(size_t bytes) {
 
 void* scratch() { return memory.get(); }
 
+void left(const Contents& own) { contents = own; }
+bool holds(const Contents& wanted) { return recording && contents == wanted; }  // a step has one number of tokens, other calls may not
+
 void perform(int64_t tokens, int64_t size, Work work) {
+    contents = {};
     Call call{std::move(work), size};
     if (recording) return recording->note(std::move(call));
     if (tokens <= 0) return;

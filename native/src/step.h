@@ -3,6 +3,7 @@
 // While a step is recorded its calls are noted and not run. The addresses in them must stay what they were; what changes
 // from step to step is the number of tokens, and what the buffers hold.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -42,6 +43,11 @@ Step end();
 /// Memory for what lives within one call. `reserve` before the call: it grows and never shrinks, so a steady engine allocates nothing.
 void reserve(size_t bytes);
 void* scratch();
+
+/// What the scratch holds after a call, for one that is recorded next and would put the same there.
+using Contents = std::array<int64_t, 8>;
+void left(const Contents& contents);
+bool holds(const Contents& contents);
 
 /// Run a call now, or note it in the step that is being recorded.
 void perform(int64_t tokens, int64_t size, Work work);

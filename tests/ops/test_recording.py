@@ -8,11 +8,14 @@ from native_cases import NEEDS_NATIVE
 from torch import Tensor
 
 from lineshaft.base.errors import Unrecordable
-from lineshaft.ops import table
+from lineshaft.ops import packing, table
+from lineshaft.ops.integers import Integers
+from lineshaft.ops.packing import Shape
 from lineshaft.ops.recording import Recorded
 
 pytestmark = NEEDS_NATIVE
 ROWS, WIDTH = 12, 64
+Packed = tuple[Shape, Tensor, bool]
 
 
 def chain(x: Tensor) -> Tensor:
@@ -50,3 +53,31 @@ def test_what_pytorch_would_compute_is_refused_by_name_and_recording_ends() -> N
         with pytest.raises(Unrecordable, match="copied"):
             Recorded(lambda: table.add(x.transpose(0, 1), x.transpose(0, 1)))
         assert len(Recorded(lambda: table.add(x, x))) == 1
+
+
+def products(x: Tensor, weights: list[Packed]) -> Tensor:
+    """Products of the same activations packed alike and not, of others, and of a buffer that is written into between them."""
+    now = x
+    for _ in range(3):
+        parts = [table.packed_linear(now, packed, shape, None, whole) for shape, packed, whole in weights]
+        now = table.add(table.add(parts[0], parts[1]), table.add(table.add(parts[2], parts[3]), now))
+        del parts
+    return now
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 5, ROWS])
+def test_activations_packed_once_serve_the_products_that_would_pack_them_alike(tokens: int, dtype: torch.dtype) -> None:
+    luck = torch.Generator().manual_seed(3)
+    dense = [packing.pack_dense((torch.randn(WIDTH, WIDTH, generator=luck) / 8).to(dtype)) for _ in range(2)]
+    codes = torch.randint(256, (WIDTH, WIDTH), generator=luck, dtype=torch.uint8)
+    coded = packing.pack_coded(Integers(codes, torch.full((WIDTH, 2), 1e-3), torch.full((WIDTH, 2), 128, dtype=torch.uint8)), 8)
+    weights = [(*dense[0], False), (*dense[1], False), (*coded, True), (*coded, False)]
+    buffer = torch.zeros(ROWS, WIDTH, dtype=dtype)
+    with torch.inference_mode(), table.steady():
+        recorded = Recorded(lambda: products(buffer, weights))
+        assert len(recorded) == 3 * (2 * 4 - 1 + 4)  # a call to pack and one to multiply, but for the second dense weight; four sums
+        for seed in (1, 2):
+            buffer[:tokens] = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            recorded.run(tokens)
+            assert torch.equal(recorded.output[:tokens], products(buffer[:tokens].clone(), weights))
