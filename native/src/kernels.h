@@ -16,6 +16,7 @@ struct Linear {
     int64_t out_stride;
     int64_t tokens;
     const int32_t* rows = nullptr;  // which rows of x; null: the first ones
+    bool wide = false;              // out is float32 whatever x is
 };
 
 struct Norm {

@@ -9,6 +9,7 @@ namespace {
 
 /// A tile's numbers of one group of outputs, with the bias, rounded once, to where they belong.
 inline void put(const Linear& l, int64_t first, int64_t count, int64_t group, const float* numbers) {
+    const auto kind = l.wide ? Activation::f32 : l.activation;
     const int64_t start = group * kGroup, width = std::min<int64_t>(kGroup, l.shape.outputs - start);
     for (int64_t m = 0; m < count; m++) {
         const float* from = numbers + m * kGroup;
@@ -17,7 +18,7 @@ inline void put(const Linear& l, int64_t first, int64_t count, int64_t group, co
         for (; o + kBlock <= width; o += kBlock) {
             auto value = Lanes::load(from + o);
             if (l.bias) value = Lanes::add(value, Lanes::load(l.bias + start + o));
-            if (l.activation == Activation::f32) Lanes::store(static_cast<float*>(l.out) + place + o, value);
+            if (kind == Activation::f32) Lanes::store(static_cast<float*>(l.out) + place + o, value);
             else Lanes::to_bf16(static_cast<uint16_t*>(l.out) + place + o, value);
         }
         if (o == width) continue;
@@ -25,7 +26,7 @@ inline void put(const Linear& l, int64_t first, int64_t count, int64_t group, co
         alignas(64) uint16_t narrow[kBlock];
         for (int64_t j = 0; j < width - o; j++) rest[j] = from[o + j] + (l.bias ? l.bias[start + o + j] : 0.0f);
         Lanes::to_bf16(narrow, Lanes::load(rest));
-        if (l.activation == Activation::f32) std::memcpy(static_cast<float*>(l.out) + place + o, rest, size_t(width - o) * 4);
+        if (kind == Activation::f32) std::memcpy(static_cast<float*>(l.out) + place + o, rest, size_t(width - o) * 4);
         else std::memcpy(static_cast<uint16_t*>(l.out) + place + o, narrow, size_t(width - o) * 2);
     }
 }

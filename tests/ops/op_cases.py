@@ -179,7 +179,7 @@ class Shapes(ExpertShapes):
         x = self.strided(self.draw(st.integers(0, 14)), shape.inputs)
         x[:1] *= self.draw(st.sampled_from([0, 1, 1e-30, 1e4]))
         bias = self.randn(shape.outputs, dtype=torch.float32) if self.draw(st.booleans()) else None
-        return x, packed, shape, bias, kind != "dense" and self.draw(st.booleans())
+        return x, packed, shape, bias, kind != "dense" and self.draw(st.booleans()), self.draw(st.booleans())
 
     def paged_attention(self) -> Arguments:
         heads, kv, width, values = self._heads()

@@ -22,9 +22,11 @@ def pack(model: Decoder) -> None:
         if isinstance(module, MlaBlock):  # its up-projection is never multiplied by as a whole (model/attend.py)
             module.kv_b_proj.pack_by_head(module.heads, module.nope, dtype)
             taken.add(module.kv_b_proj)
-        elif isinstance(module, Linear | Router | OutputGate) and module not in taken:
+        elif isinstance(module, Linear) and module not in taken:
+            module.pack(wide=module is model.lm_head)
+        elif isinstance(module, Router | OutputGate):
             module.pack()
-    if model.lm_head is None and (found := packed_of(Linear(0, 0).format, {"weight": model.model.embed_tokens.weight})):
+    if model.lm_head is None and (found := packed_of(Linear(0, 0).format, {"weight": model.model.embed_tokens.weight}, wide=True)):
         head = Linear(0, 0)
         head.in_features, head.out_features = model.config.hidden_size, model.config.vocab_size
         head.hold(found[0], {"packed": found[1]})

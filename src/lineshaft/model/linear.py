@@ -48,9 +48,9 @@ class Linear(nn.Module):
         if self.format != DENSE:
             self.hold(DENSE, {"weight": self.dense_weight(dtype)})
 
-    def pack(self) -> None:
-        """Lay the weight out for the native kernels, where they can take it; such a layer can't be saved."""
-        if (found := packed_of(self.format, self.tensors())) is not None:
+    def pack(self, wide: bool = False) -> None:
+        """Lay the weight out for the native kernels, where they can take it; such a layer can't be saved. `wide`: results are float32."""
+        if (found := packed_of(self.format, self.tensors(), wide)) is not None:
             self.hold(found[0], {"packed": found[1]})
             if self.bias is not None:
                 self.bias = nn.Parameter(self.bias.float(), requires_grad=False)  # as the kernels add it

@@ -17,11 +17,11 @@ from lineshaft.ops.reach import Blocks, Reach, Window
 from lineshaft.ops.recording import result
 
 
-def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, whole: bool) -> Tensor:
+def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, whole: bool, wide: bool = False) -> Tensor:
     """See `reference.packed_linear`."""
     kind, x_TI = checks.float_of(x_TI), rows_of(x_TI)
     checks.linear(x_TI, packed, shape, bias_O, native_library().packed_bytes(*shape.native), whole)
-    out_TO = result((len(x_TI), shape.outputs), x_TI.dtype)
+    out_TO = result((len(x_TI), shape.outputs), torch.float32 if wide else x_TI.dtype)
     bias = None if bias_O is None else bias_O.float().contiguous()
     native_library().linear(
         *shape.native,
@@ -34,6 +34,7 @@ def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | N
         out_TO.data_ptr(),
         shape.outputs,
         len(x_TI),
+        wide,
     )
     return out_TO
 

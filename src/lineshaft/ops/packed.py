@@ -22,6 +22,8 @@ class Packed:
     shape: Shape
     whole: bool = False
     """Activations are rounded to 8 bits, as the origin means it."""
+    wide: bool = False
+    """Results are float32, whatever activations are: for logits, where bf16 would leave ties between the best tokens."""
     tensor_names: tuple[str, ...] = ("packed",)
 
     def encode(self, weight_OI: Tensor) -> dict[str, Tensor]:
@@ -40,7 +42,7 @@ class Packed:
 
     def matmul(self, x_TI: Tensor, tensors: Mapping[str, Tensor], bias_O: Tensor | None) -> Tensor:
         """See Format."""
-        return table.packed_linear(x_TI, tensors["packed"], self.shape, bias_O, self.whole)
+        return table.packed_linear(x_TI, tensors["packed"], self.shape, bias_O, self.whole, self.wide)
 
     def describe(self) -> str:
         """See Format."""
@@ -103,12 +105,12 @@ def packed_heads_of(fmt: Format, weight_OI: Tensor, heads: int, nope: int) -> tu
     return PackedHeads(fmt, keys[0][0], values[0][0]), tensors
 
 
-def packed_of(fmt: Format, tensors: Mapping[str, Tensor]) -> tuple[Packed, Tensor] | None:
-    """The packed form of a weight; None where the kernels can't take it."""
+def packed_of(fmt: Format, tensors: Mapping[str, Tensor], wide: bool = False) -> tuple[Packed, Tensor] | None:
+    """The packed form of a weight, `wide` as in Packed; None where the kernels can't take it."""
     if isinstance(fmt, Dense):
         made = packing.pack_dense(tensors["weight"].detach())
     elif isinstance(fmt, Integer):
         made = packing.pack_coded(fmt.integers(tensors), fmt.bits)
     else:
         return None
-    return None if made is None else (Packed(fmt, made[0], isinstance(fmt, Integer) and fmt.activations is not None), made[1])
+    return None if made is None else (Packed(fmt, made[0], isinstance(fmt, Integer) and fmt.activations is not None, wide), made[1])

@@ -214,14 +214,14 @@ def paged_chosen_mla(q_THC: Tensor, q_rope_THR: Tensor, pages: Tensor, table: Te
     return attention(torch.cat([q_THC, q_rope_THR], -1), entries_UE, entries_UE, seen_TU, scale)[..., : q_THC.shape[-1]]
 
 
-def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, whole: bool) -> Tensor:
-    """x W^T + b for a weight laid out as ops/packing.py has it. Result [T, O] in the dtype of x.
+def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, whole: bool, wide: bool = False) -> Tensor:
+    """x W^T + b for a weight laid out as ops/packing.py has it. Result [T, O] in the dtype of x, or float32 if `wide`.
 
     `whole`: activations are rounded to 8 bits first (`integers.rounded`).
     """
     q_TI, scale_T1 = rounded(x_TI) if whole else (x_TI.float(), torch.ones(1, 1))
     product_TO = F.linear(q_TI, unpack(packed, shape).float()) * scale_T1
-    return (product_TO if bias_O is None else product_TO + bias_O.float()).to(x_TI.dtype)
+    return (product_TO if bias_O is None else product_TO + bias_O.float()).to(torch.float32 if wide else x_TI.dtype)
 
 
 def write_pages(pages: Tensor, slots_T: Tensor, entry: Tensor) -> Tensor:

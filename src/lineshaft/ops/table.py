@@ -233,9 +233,9 @@ def tile_mla(q: Tensor, pages: Tensor, slots: Tensor, seen: Tensor, scale: float
     return kernel("tile_mla", q)(q, pages, slots, seen, scale, latent)
 
 
-def packed_linear(x: Tensor, packed: Tensor, shape: Shape, bias: Tensor | None, whole: bool) -> Tensor:
+def packed_linear(x: Tensor, packed: Tensor, shape: Shape, bias: Tensor | None, whole: bool, wide: bool = False) -> Tensor:
     """See `reference.packed_linear`."""
-    return kernel("packed_linear", x)(x, packed, shape, bias, whole)
+    return kernel("packed_linear", x)(x, packed, shape, bias, whole, wide)
 
 
 def write_pages(pages: Tensor, slots: Tensor, entry: Tensor) -> Tensor:
