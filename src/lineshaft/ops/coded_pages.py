@@ -16,7 +16,7 @@ def encode(x: Tensor) -> Tensor:
     zeros has the scale 0; one with something that is not a number, or infinite, has a scale that is none.
     """
     width = x.shape[-1]
-    x_GS = F.pad(x.float(), (0, -width % SCALED)).unflatten(-1, (-1, SCALED))
+    x_GS = F.pad(x.float(), (0, -width % SCALED)).reshape(*x.shape[:-1], -(-width // SCALED), SCALED)
     exact_G = x_GS.abs().amax(-1) / 127
     scale_G = ((exact_G.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
     scale_G = scale_G.masked_fill(~x_GS.isfinite().all(-1), torch.nan)
