@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "coded.h"
 #include "rows.h"
 #include "vectors.h"
 
@@ -44,6 +45,8 @@ inline bool open(const Reach& r, int64_t first, int64_t last, int64_t start) {
 struct Bench {
     alignas(64) uint32_t keys[kMostKeyWidth * kStep];            // transposed: [words][64 positions]
     alignas(64) uint32_t values[kMostValueWidth * kStep];        // [width / 64][64 positions, or 32 pairs of them][64]
+    alignas(64) uint32_t found_keys[kStep * kMostKeyWidth];      // of coded pages: [64 positions][words], decoded
+    alignas(64) uint32_t found_values[kStep * kMostValueWidth];
     alignas(64) uint32_t queries[kMostRows * kMostKeyWidth];     // tiles of packed words
     alignas(64) float out[kMostRows * kMostValueWidth];          // [width / 64][rows][64]
     alignas(64) float scores[kMostRows * kStep];
@@ -149,6 +152,15 @@ inline void gather_keys(const Attention& a, const uint32_t* const* keys, Bench& 
     }
 }
 
+/// A head's entry in a slot of pages: where it lies or, of coded pages, where it was decoded to, which is place j of `room`.
+inline const void* entry_at(const Attention& a, const void* pages, int64_t offset, uint32_t* room, int j) {
+    if (!a.coded) return row_of(a.activation, pages, offset);
+    const int64_t vectors = (a.key_width + 15) / 16 * 16;
+    void* to = const_cast<void*>(row_of(a.activation, room, j * vectors));
+    decode(a.activation, static_cast<const uint8_t*>(pages) + offset, a.key_width, to);
+    return to;
+}
+
 /// The entries of 64 positions from `start` on: keys transposed, values in rows. What nobody of the item sees is zero.
 inline void gather_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
     alignas(64) static const uint32_t nothing[kMostKeyWidth] = {};
@@ -166,8 +178,10 @@ inline void gather_step(const Attention& a, const Item& item, int64_t start, Ben
             continue;
         }
         const int64_t slot = *page * a.page_tokens + place;
-        keys[j] = static_cast<const uint32_t*>(row_of(a.activation, a.keys, slot * a.key_stride + item.kv_head * a.key_head_stride));
-        values[j] = row_of(a.activation, a.values, slot * a.value_stride + item.kv_head * a.value_head_stride);
+        const int64_t key = slot * a.key_stride + item.kv_head * a.key_head_stride, value = slot * a.value_stride + item.kv_head * a.value_head_stride;
+        const void* found = entry_at(a, a.keys, key, bench.found_keys, j);
+        keys[j] = static_cast<const uint32_t*>(found);
+        values[j] = a.coded && a.keys == a.values ? found : entry_at(a, a.values, value, bench.found_values, j);
     }
     gather_keys(a, keys, bench);
     gather_values(a, values, bench);

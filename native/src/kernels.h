@@ -53,7 +53,8 @@ struct Reach {
 };
 
 struct Attention {
-    Activation activation;      // of queries and pages
+    Activation activation;      // of queries, and of pages that are not coded
+    bool coded;                 // pages hold codes with scales (coded.h), as wide as keys also for values; their strides are bytes
     const void* q;              // [tokens, heads, key_width]
     int64_t q_stride;
     const void *keys, *values;  // pages [P, page tokens, kv heads, width]; latent attention has one head and values within its keys
@@ -68,6 +69,16 @@ struct Attention {
     int64_t heads, kv_heads, key_width, value_width;
     int threads;                // heads are divided until there is work for so many
     void* out;                  // [tokens, heads, value_width], dense
+};
+
+/// What tokens leave behind in coded pages.
+struct Entries {
+    Activation activation;
+    const void* x;                  // [tokens, heads, width]
+    int64_t x_stride, head_stride;  // elements
+    const int64_t* slots;           // page * page tokens + place in the page
+    uint8_t* pages;                 // dense: [P, page tokens, heads, entry bytes]
+    int64_t tokens, heads, width;
 };
 
 /// How a token's experts are chosen and weighted (ops/routing.py).
@@ -115,6 +126,7 @@ struct Kernels {
     void (*scaled)(Activation, const void* x, const void* factors, void* out, int64_t tokens, int64_t width, int part, int parts);
     void (*widen)(const void* x, float* out, int64_t count, int part, int parts);
     void (*attention)(const Attention&, int part, int parts);
+    void (*write_codes)(const Entries&, int part, int parts);
     void (*route)(const Route&, int part, int parts);
     void (*experts)(const Experts&, Stage, void* scratch, int part, int parts);  // scratch: desk.h
 };

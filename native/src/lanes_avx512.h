@@ -51,6 +51,7 @@ struct Lanes {
     static I mul_int(I x, I y) { return _mm512_mullo_epi32(x, y); }
     static F to_float(I x) { return _mm512_cvtepi32_ps(x); }
     static I bytes(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+    static F signed_bytes(const uint8_t* p) { return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
     template <int N> static I shift_left(I x) { return _mm512_slli_epi32(x, N); }
     template <int N> static I shift_right(I x) { return _mm512_srli_epi32(x, N); }
     static I and_int(I x, I y) { return _mm512_and_si512(x, y); }

@@ -49,6 +49,7 @@ struct Lanes {
     static I mul_int(I a, I b) { return each_int([&](int i) { return a.v[i] * b.v[i]; }); }
     static F to_float(I a) { return each([&](int i) { return float(a.v[i]); }); }
     static I bytes(const uint8_t* p) { return each_int([&](int i) { return int32_t(p[i]); }); }
+    static F signed_bytes(const uint8_t* p) { return each([&](int i) { return float(int8_t(p[i])); }); }
     template <int N> static I shift_left(I a) { return each_int([&](int i) { return int32_t(uint32_t(a.v[i]) << N); }); }
     template <int N> static I shift_right(I a) { return each_int([&](int i) { return int32_t(uint32_t(a.v[i]) >> N); }); }
     static I and_int(I a, I b) { return each_int([&](int i) { return a.v[i] & b.v[i]; }); }

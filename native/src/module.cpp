@@ -116,11 +116,20 @@ void angles(uintptr_t positions, uintptr_t speeds, int64_t speed_stride, int64_t
     });
 }
 
-void attention(int activation, uintptr_t q, int64_t q_stride, uintptr_t keys, int64_t key_stride, int64_t key_head_stride, uintptr_t values,
+void write_codes(int activation, uintptr_t x, int64_t x_stride, int64_t head_stride, uintptr_t slots, uintptr_t pages, int64_t tokens, int64_t heads, int64_t width) {
+    const Entries e{Activation(activation), at<const void>(x), x_stride, head_stride, at<const int64_t>(slots), at<uint8_t>(pages), tokens, heads, width};
+    step::perform(tokens, heads * width, [e](int64_t now, int part, int parts) {
+        Entries own = e;
+        own.tokens = now;
+        chosen->write_codes(own, part, parts);
+    });
+}
+
+void attention(int activation, bool coded, uintptr_t q, int64_t q_stride, uintptr_t keys, int64_t key_stride, int64_t key_head_stride, uintptr_t values,
                int64_t value_stride, int64_t value_head_stride, int64_t page_tokens, uintptr_t chunks, uintptr_t chunk_count, uintptr_t tables, int reach,
                int64_t reach_a, int64_t reach_b, int64_t reach_c, float scale, int64_t heads, int64_t kv_heads, int64_t key_width, int64_t value_width,
                uintptr_t out, int64_t tokens) {
-    const Attention a{Activation(activation), at<const void>(q), q_stride, at<const void>(keys), at<const void>(values), key_stride, value_stride,
+    const Attention a{Activation(activation), coded, at<const void>(q), q_stride, at<const void>(keys), at<const void>(values), key_stride, value_stride,
                       key_head_stride, value_head_stride, page_tokens, at<const Chunk>(chunks), 0, at<const int32_t>(tables),
                       {reach, reach_a, reach_b, reach_c}, scale, heads, kv_heads, key_width, value_width, step::threads(), at<void>(out)};
     step::perform(tokens, 1 << 20, [a, chunk_count](int64_t, int part, int parts) {
@@ -166,6 +175,7 @@ NB_MODULE(_native, m) {
     m.def("take_rows", &take_rows, free_gil);
     m.def("put_rows", &put_rows, free_gil);
     m.def("angles", &angles, free_gil);
+    m.def("write_codes", &write_codes, free_gil);
     m.def("attention", &attention, free_gil);
     bind_experts(m);
 }

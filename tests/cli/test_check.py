@@ -64,7 +64,7 @@ def test_everything_that_can_be_known_is_told_for_people(billion: Path) -> None:
         r"model +llama, 1\.5 G parameters, 1\.24 G active",
         r"  int8, groups of 32 +1\.\d GiB",
         r"stored +bfloat16: 2\.8 GiB",
-        r"cache a token +64\.0 KiB float32, 32\.0 KiB bfloat16",
+        r"cache a token +64\.0 KiB float32, 32\.0 KiB bfloat16, 16\.\d KiB int8",
         r"a token +2\.47 GFLOP, \d\.\d+ GFLOP at 8192 tokens of context",
         r"serve +peak .* GiB \(running\), 64\.0 GiB can be had",
         r"  cache pages +51\d\.\d MiB",

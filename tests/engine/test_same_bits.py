@@ -23,6 +23,7 @@ from lineshaft.sched.request import Ask, Emitted, Event, Sampling
 Tiny = Callable[..., Decoder]
 VOCABULARY = 61
 REQUESTS = 200
+NEEDS_NATIVE = pytest.mark.skipif(library() is None, reason="no native kernels here")
 FAMILIES = ["deepseek_v3", "llama", "qwen3_moe", "deepseek_v32", "mistral"]
 
 
@@ -34,10 +35,12 @@ class Told:
     chances: list[object] = field(default_factory=list)
 
 
-def engine_of(model: Decoder, pages: int, **limits: object) -> Engine:
-    dtype = next(model.parameters()).dtype
+def engine_of(model: Decoder, pages: int, held: str = "auto", **limits: object) -> Engine:
+    """`held`: as what its cache is."""
+    dtype = torch.int8 if held == "int8" else next(model.parameters()).dtype
     size = pages * page_bytes(model.config, 4, dtype)
-    return Engine(model, EngineConfig(page_tokens=4, cache_bytes=size, scheduler=limits), clock=lambda: 0.0)
+    config = EngineConfig.model_validate({"page_tokens": 4, "cache_bytes": size, "cache_dtype": held, "scheduler": limits})
+    return Engine(model, config, clock=lambda: 0.0)
 
 
 def asks() -> list[Ask]:
@@ -71,19 +74,19 @@ def take(told: dict[int, Told], events: list[Event]) -> None:
             told[event.request].chances.append(event.score)
 
 
-def alone(model: Decoder, ask: Ask) -> Told:
+def alone(model: Decoder, ask: Ask, held: str = "auto") -> Told:
     """In one go, in an engine of its own, without a cache to find anything in."""
-    engine, told = engine_of(model, 60, prefix_cache=False), {}
+    engine, told = engine_of(model, 60, held, prefix_cache=False), {}
     engine.submit(ask)
     while not engine.idle:
         take(told, list(engine.step()))
     return told[1]
 
 
-def in_company(model: Decoder, made: list[Ask], cancelled: set[int]) -> tuple[dict[int, Told], Engine]:
+def in_company(model: Decoder, made: list[Ask], cancelled: set[int], held: str = "auto") -> tuple[dict[int, Told], Engine]:
     """Staggered, chunked, preempted, from the cache; some are cancelled on the way."""
     luck = random.Random(5)
-    engine, told = engine_of(model, 110, max_batch=32, step_tokens=37), {}
+    engine, told = engine_of(model, 110, held, max_batch=32, step_tokens=37), {}
     left = list(made)[::-1]
     while left or not engine.idle:
         for _ in range(luck.randint(0, 4)):
@@ -100,34 +103,40 @@ def in_company(model: Decoder, made: list[Ask], cancelled: set[int]) -> tuple[di
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"),
+    ("family", "dtype", "held"),
     [
-        *((family, torch.float32) for family in FAMILIES),
-        ("llama", torch.bfloat16),
-        ("deepseek_v3", torch.bfloat16),
-        ("qwen3_moe", torch.bfloat16),
+        *((family, torch.float32, "auto") for family in FAMILIES),
+        ("llama", torch.bfloat16, "auto"),
+        ("deepseek_v3", torch.bfloat16, "auto"),
+        ("qwen3_moe", torch.bfloat16, "auto"),
+        pytest.param("llama", torch.float32, "int8", marks=NEEDS_NATIVE),
+        pytest.param("llama", torch.bfloat16, "int8", marks=NEEDS_NATIVE),
+        pytest.param("mistral", torch.bfloat16, "int8", marks=NEEDS_NATIVE),
+        pytest.param("deepseek_v3", torch.float32, "int8", marks=NEEDS_NATIVE),
+        pytest.param("deepseek_v3", torch.bfloat16, "int8", marks=NEEDS_NATIVE),
     ],
 )
-def test_200_staggered_requests_get_the_bits_that_each_gets_alone(tiny: Tiny, family: str, dtype: torch.dtype) -> None:
+def test_200_staggered_requests_get_the_bits_that_each_gets_alone(tiny: Tiny, family: str, dtype: torch.dtype, held: str) -> None:
     model, made = tiny(family).to(dtype), asks()
     cancelled = set(range(5, REQUESTS, 17))
-    heard, engine = in_company(model, made, cancelled)
+    heard, engine = in_company(model, made, cancelled, held)
     load = engine.load_now()
     assert load.prefix_hit_tokens > 100
     assert load.preemptions > 0 or all(group.forgets for group in engine.scheduler.groups)
     for number, ask in enumerate(made, 1):
-        wanted = alone(model, ask)
+        wanted = alone(model, ask, held)
         if number in cancelled:
             length = len(heard[number].tokens)
             wanted = Told(wanted.tokens[:length], wanted.chances[:length])
         assert heard[number] == wanted, f"request {number} of {family}"
 
 
-@pytest.mark.skipif(library() is None, reason="no native kernels here")
+@NEEDS_NATIVE
+@pytest.mark.parametrize("held", ["auto", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["deepseek_v3", "llama", "qwen3_moe"])
-def test_nothing_of_pytorch_stands_between_the_kernels_of_a_step(tiny: Tiny, family: str, dtype: torch.dtype) -> None:
-    step = engine_of(tiny(family).to(dtype), 60).runner.native
+def test_nothing_of_pytorch_stands_between_the_kernels_of_a_step(tiny: Tiny, family: str, dtype: torch.dtype, held: str) -> None:
+    step = engine_of(tiny(family).to(dtype), 60, held).runner.native
     assert step is not None
     assert step.told().startswith("steps are recorded"), step.obstacle
 
@@ -152,7 +161,7 @@ def test_the_comparison_finds_a_planted_bug(tiny: Tiny, planted: str, monkeypatc
     _differs(tiny("llama"))
 
 
-@pytest.mark.skipif(library() is None, reason="no native kernels here")
+@NEEDS_NATIVE
 @pytest.mark.parametrize(
     ("family", "op"),
     [("llama", "packed_linear"), ("llama", "paged_attention"), ("deepseek_v3", "packed_by_head"), ("qwen3_moe", "experts")],

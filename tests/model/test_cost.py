@@ -14,8 +14,8 @@ from toys import _SHAPE, TOYS
 
 from lineshaft.engine.cache import PagedCache, groups_of, page_bytes
 from lineshaft.model.attend import PackedCausal
-from lineshaft.model.config import LatentAttention, MixtureOfExperts, ModelConfig
-from lineshaft.model.cost import attention_flops, cost_of, products, score_width
+from lineshaft.model.config import GroupedQueryAttention, LatentAttention, MixtureOfExperts, ModelConfig
+from lineshaft.model.cost import attention_flops, cost_of, kv_bytes, products, score_width
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.hf.config import from_hf
 
@@ -90,6 +90,17 @@ def test_the_cache_holds_what_is_counted(name: str) -> None:
     held = [part for parts in cache.parts for part in parts]
     assert sum(part.numel() for part in held) == (3 + 1) * 5 * cost_of(config).kv_numbers_per_token
     assert sum(part.nbytes for part in held) == (3 + 1) * page_bytes(config, 5, torch.bfloat16)
+    coded = PagedCache(config, pages=[3] * len(groups_of(config)), page_tokens=5, dtype=torch.int8)
+    assert sum(part.nbytes for parts in coded.parts for part in parts) == (3 + 1) * page_bytes(config, 5, torch.int8)
+    assert page_bytes(config, 5, torch.int8) < page_bytes(config, 5, torch.bfloat16)
+
+
+def test_heads_of_64_channels_take_a_little_more_than_half_in_8_bits() -> None:
+    config = SHAPES["llama"].model_copy(
+        update={"attention": GroupedQueryAttention(num_attention_heads=8, num_key_value_heads=2, head_dim=64), "num_hidden_layers": 3}
+    )
+    assert kv_bytes(config, "int8") == 2 * 2 * 66
+    assert page_bytes(config, 16, torch.int8) / page_bytes(config, 16, torch.bfloat16) == 66 / 128
 
 
 @pytest.mark.parametrize("name", [name for name, config in SHAPES.items() if "v32" not in name])

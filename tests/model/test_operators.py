@@ -42,6 +42,18 @@ def test_training_calls_no_other_op(name: str, called: set[str]) -> None:
     assert set(ops_used(SHAPES[name], "dense", "train")) <= table.REFERENCE.keys()
 
 
+@pytest.mark.skipif(library() is None, reason="no native kernels here")
+@pytest.mark.parametrize("name", ["llama", "deepseek-v3"])
+def test_serving_from_8_bit_pages_calls_these_ops(name: str, called: set[str]) -> None:
+    model = Decoder(SHAPES[name])
+    model.initialise(1)
+    engine = Engine(model.eval().requires_grad_(False), EngineConfig(cache_dtype="int8"))
+    engine.submit(Ask(list(range(40)), Sampling(max_tokens=3, ignore_eos=True)))
+    while not engine.idle:
+        engine.step()
+    assert called == set(ops_used(SHAPES[name], "dense", "serve", native=True, pages8=True))
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("fmt", ["dense", "int8", "int8-a8"])
 def test_serving_calls_these_ops(name: str, fmt: str, called: set[str]) -> None:

@@ -137,6 +137,39 @@ def exact_paged_attention(
     return torch.cat(outs)
 
 
+def decoded(entries: Tensor, width: int) -> Tensor:
+    """Byte by byte, a bf16 being the upper half of a float32."""
+    raw = entries.numpy().astype(np.int64)
+    codes, start = raw[..., :width], width + width % 2
+    places = start + np.arange(width) // 64 * 2
+    scale = ((raw[..., places] | raw[..., places + 1] << 8) << 16).astype(np.uint32).view(np.float32)
+    return torch.from_numpy((codes - 256 * (codes > 127)) * scale.astype(float))
+
+
+def exact_write_codes(pages: Tensor, slots: Tensor, entry: Tensor) -> Tensor:
+    """A scale has 8 bits: of a number between 1/2 and 1, times a power of two, 256 times it is rounded up."""
+    written = pages.clone()
+    for slot, vectors in zip(slots.tolist(), entry.float().numpy(), strict=True):
+        place = written[slot // pages.shape[1], slot % pages.shape[1]]
+        for held, x in zip(place.view(-1, place.shape[-1]), np.atleast_2d(vectors), strict=True):
+            scales = []
+            for start in range(0, len(x), 64):
+                part, power = np.frexp(np.abs(x[start : start + 64]).max() / np.float32(127))
+                scales.append(np.ldexp(np.ceil(part * np.float32(256)), power - 8).astype(np.float32))
+            each = np.repeat(scales, 64)[: len(x)]
+            codes = np.rint(np.divide(x, each, out=np.zeros_like(x), where=each > 0)).astype(np.int8).tobytes()
+            halves = (np.array(scales).view(np.uint32) >> 16).astype("<u2").tobytes()
+            held[:] = torch.tensor(list(codes + bytes(len(x) % 2) + halves))
+    return written
+
+
+def exact_coded_attention(
+    q: Tensor, pages_k: Tensor, pages_v: Tensor, values: int, chunks: Tensor, tables: Tensor, scale: float, reach: Reach
+) -> Tensor:
+    k, v = (decoded(pages, q.shape[-1]) for pages in (pages_k, pages_v))
+    return exact_paged_attention(q, k, v[..., :values], chunks, tables, scale, reach)
+
+
 EXACT: dict[str, Callable[..., Any]] = {
     **expert_cases.EXACT,
     "linear": exact_linear,
@@ -163,4 +196,6 @@ EXACT: dict[str, Callable[..., Any]] = {
     "tile_mla": exact_tile_mla,
     "packed_linear": exact_packed_linear,
     "paged_attention": exact_paged_attention,
+    "write_codes": exact_write_codes,
+    "coded_attention": exact_coded_attention,
 }

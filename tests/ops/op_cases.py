@@ -10,11 +10,15 @@ from integer_cases import integers
 from masks import reaches
 from torch import Tensor
 
+from lineshaft.ops import coded_pages
+from lineshaft.ops.entries import entry_bytes
 from lineshaft.ops.formats import Fp8Block
 from lineshaft.ops.steady import KEYS
 
 Arguments = tuple[object, ...]
 DTYPES = [torch.float32, torch.bfloat16]
+WIDTHS = [2, 6, 16, 32, 64, 66, 100, 128, 130]
+"""Of coded entries: around whole vectors and groups."""
 
 
 class Shapes(ExpertShapes):
@@ -189,6 +193,23 @@ class Shapes(ExpertShapes):
         pages_v = keys[..., :-values] if values < 0 else self.randn(*keys.shape[:3], values)
         q = self.strided(world.tokens, heads * width).unflatten(1, (heads, width))
         return q, keys, pages_v, world.chunks, world.tables, width**-0.5, world.reach
+
+    def write_codes(self) -> Arguments:
+        page, pages, tokens = self.size(5), self.size(4), self.draw(st.integers(0, 4))
+        slots, heads = torch.randperm(page * pages, generator=self.generator)[:tokens], self.draw(st.sampled_from([None, 1, 3]))
+        width = self.draw(st.sampled_from(WIDTHS) | st.integers(1, 40))
+        entry = self.strided(len(slots), (heads or 1) * width).mul_(self.draw(st.sampled_from([0, 1, 1e-30, 1e4])))
+        before = torch.randint(256, (pages, page, *([heads] if heads else []), entry_bytes(width)), generator=self.generator)
+        return before.to(torch.uint8), slots, entry.unflatten(1, (heads, width)) if heads else entry
+
+    def coded_attention(self) -> Arguments:
+        kv, width = self.size(2), self.draw(st.sampled_from(WIDTHS))
+        heads, latent = kv * self.size(3), self.draw(st.sampled_from([0, 0, self.size(width)]))  # values within the keys, or as wide
+        world = self.draw(native_cases.worlds())
+        keys, values = (coded_pages.encode(self.randn(world.pages, world.page_tokens, kv, width)) for _ in range(2))
+        q = self.strided(world.tokens, heads * width).unflatten(1, (heads, width))
+        pages_v, shown = (keys, latent) if latent else (values, width)
+        return q, keys, pages_v, shown, world.chunks, world.tables, width**-0.5, world.reach
 
     def strided(self, rows: int, width: int) -> Tensor:
         """Numbers of a tensor of their own, of some columns of a wider one, or of every other column or row."""

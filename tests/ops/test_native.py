@@ -40,7 +40,7 @@ def test_every_instruction_set_does_what_the_reference_does(isa: str, op: str, d
 
 
 @each_isa
-@pytest.mark.parametrize("op", ["packed_linear", "paged_attention"])
+@pytest.mark.parametrize("op", ["packed_linear", "paged_attention", "coded_attention"])
 @settings(max_examples=15)
 @given(data=st.data())
 def test_it_is_close_to_arithmetic_in_float64(isa: str, op: str, data: st.DataObject) -> None:

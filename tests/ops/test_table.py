@@ -46,7 +46,7 @@ def test_every_kernel_does_what_its_reference_does(device: str, op: str, dtype: 
     wanted = expert_cases.as_one(table.REFERENCE[op](*given_))
     assert got.dtype == wanted.dtype
     assert close(got.cpu(), wanted, dtype)
-    written = 1 if op == "write_pages" else 0
+    written = 1 if op in ("write_pages", "write_codes") else 0
     after = [item for item in there if isinstance(item, Tensor)]
     assert all(torch.equal(old, new) for old, new in zip(before[written:], after[written:], strict=True)), "it wrote into its arguments"
 

@@ -19,11 +19,11 @@ from lineshaft.compress.stage import CompressConfig
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.pool import context_of
 from lineshaft.engine.preflight import Serving, judge_serving
-from lineshaft.model.config import ModelConfig
-from lineshaft.model.cost import attention_flops, cost_of
+from lineshaft.model.config import LatentAttention, ModelConfig
+from lineshaft.model.cost import attention_flops, cost_of, kv_bytes
 from lineshaft.model.fit import Verdict, told_bytes
 from lineshaft.model.folder import load_config
-from lineshaft.model.memory import ITEM, Stored, is_format, stored_in
+from lineshaft.model.memory import Stored, is_format, stored_in
 from lineshaft.model.operators import ops_used
 from lineshaft.ops.isa import library
 from lineshaft.ops.table import chosen, steady
@@ -66,7 +66,8 @@ def check(
         raise ConfigError(f'--set "{unknown[0]}": unknown; begin with engine., train. or compress.')
     room = None if memory is None else _bytes(memory)
     verdict, at = _judged(task, config, stored, table, room)
-    shown = _shown(config, stored, task, verdict, at)
+    coded = task == "serve" and load(EngineConfig, table["engine"], "engine").cache_dtype == "int8"
+    shown = _shown(config, stored, task, verdict, at, coded)
     print(json.dumps(shown, ensure_ascii=False) if as_json else _told(shown))
     if not verdict.fits:
         raise typer.Exit(DOES_NOT_FIT)
@@ -125,7 +126,7 @@ def _judged(task: Task, config: ModelConfig, stored: Stored, table: Table, room:
     return judge_compressing(Compressing(config, stored, compress.group), room), config.max_position_embeddings
 
 
-def _shown(config: ModelConfig, stored: Stored, task: Task, verdict: Verdict, context: int) -> dict[str, Any]:
+def _shown(config: ModelConfig, stored: Stored, task: Task, verdict: Verdict, context: int, coded: bool) -> dict[str, Any]:
     """Everything that is told, as the JSON object that --json prints."""
     cost = cost_of(config)
     formats = {
@@ -135,7 +136,8 @@ def _shown(config: ModelConfig, stored: Stored, task: Task, verdict: Verdict, co
         "int8, groups of 32": Stored("bfloat16", "int8-32"),
     }
     # What is compressed will be served: its kernels are those that count.
-    used = ops_used(config, "int8" if task == "quantise" else stored.format, "train" if task == "train" else "serve", library() is not None)
+    fmt, native = "int8" if task == "quantise" else stored.format, library() is not None
+    used = ops_used(config, fmt, "train" if task == "train" else "serve", native, coded)
     with steady(task != "train"):  # as the engine runs them
         origins = chosen("cpu")
     kernels = {op: origins[op] for op in used}
@@ -145,7 +147,7 @@ def _shown(config: ModelConfig, stored: Stored, task: Task, verdict: Verdict, co
         "active_parameters": cost.active_parameters,
         "bytes": {name: kind.total(config) for name, kind in formats.items()},
         "stored": {"as": stored.describe(), "bytes": stored.total(config)},
-        "kv_bytes_per_token": {name: cost.kv_numbers_per_token * ITEM[name] for name in ("float32", "bfloat16")},
+        "kv_bytes_per_token": {name: config.num_hidden_layers * kv_bytes(config, name) for name in _held(config)},
         "flops_per_token": cost.flops_per_token,
         "context": context,
         "flops_per_token_at_context": cost.flops_per_token + attention_flops(config, context) - attention_flops(config, context - 1),
@@ -161,6 +163,12 @@ def _shown(config: ModelConfig, stored: Stored, task: Task, verdict: Verdict, co
         "kernels": kernels,
         "faster_share": sum(origin != "reference" for origin in kernels.values()) / len(kernels),
     }
+
+
+def _held(config: ModelConfig) -> list[str]:
+    """What a cache can be held as: an indexer can't read codes."""
+    indexer = isinstance(config.attention, LatentAttention) and config.attention.indexer is not None
+    return ["float32", "bfloat16", *([] if indexer else ["int8"])]
 
 
 def _told(shown: dict[str, Any]) -> str:

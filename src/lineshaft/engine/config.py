@@ -14,7 +14,10 @@ class EngineConfig(Config):
     """Precision, memory and limits of one engine."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dense weights and cache are held as this; auto: as the checkpoint stores them."""
+    """Dense weights, and the cache unless cache_dtype says otherwise, are held as this; auto: as the checkpoint stores them."""
+    cache_dtype: Literal["auto", "int8"] = "auto"
+    """What the cache's keys and values are held as; auto: as the model's dtype. int8: codes with a scale for 64 channels, about half
+    the bytes of bfloat16; needs the native kernels and batch_invariant."""
     dequantise: bool = False
     """Decode quantised weights (INT8, FP8) once, when they are loaded: more memory, but no decoding in each product."""
     active_experts: PositiveInt | None = None

@@ -18,6 +18,7 @@ import torch
 
 from lineshaft.base.errors import RequestError, TooLong
 from lineshaft.engine.cache import PagedCache
+from lineshaft.engine.cache_dtype import cache_dtype
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.packing import leave_file, pack, packed_copy
 from lineshaft.engine.pool import context_of, pool_of
@@ -46,7 +47,7 @@ class Engine:
         self.context_tokens = pool.context_tokens
         """Most tokens of prompt and answer: what the model was made for, max_context, or what the cache holds, whichever is least."""
         self._more_cache = "; a larger cache_bytes would allow more" if pool.context_tokens < context_of(model.config, config) else ""
-        cache = PagedCache(model.config, pool.pages, config.page_tokens, dtype)
+        cache = PagedCache(model.config, pool.pages, config.page_tokens, cache_dtype(model.config, config, dtype))
         self.scheduler = Scheduler(config.scheduler, cache.groups, [PagePool(pages) for pages in pool.pages], config.page_tokens)
         self.runner = Runner(model, cache, config.batch_invariant, config.scheduler.step_tokens)
         self.sampler, self.readings = Sampler(), Readings()

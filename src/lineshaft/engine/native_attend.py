@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lineshaft.engine.buffers import StepBuffers
+from lineshaft.engine.buffers import GroupBuffers, StepBuffers
 from lineshaft.engine.cache import PagedCache
 from lineshaft.model.attend import IndexQuery, LatentQuery
-from lineshaft.model.config import GroupedQueryAttention, ModelConfig
+from lineshaft.model.config import GroupedQueryAttention, LatentAttention, ModelConfig
 from lineshaft.ops import table as ops
 from lineshaft.ops.checks import WIDEST
-from lineshaft.ops.isa import library
+from lineshaft.ops.isa import describe, library
 from lineshaft.ops.reach import Reach
 
 
-def can_attend(config: ModelConfig) -> bool:
-    """Is the kernel there, and can it do what this model asks for? It can't choose among keys (DeepSeek-V3.2's indexer)."""
+def obstacle(config: ModelConfig) -> str | None:
+    """Why the kernel can't be used, or None: it is not there, or can't do what this model asks for."""
     a = config.attention
     if library() is None:
-        return False
-    if isinstance(a, GroupedQueryAttention):
-        return a.head_dim % 2 == 0 and a.head_dim <= WIDEST
-    width = a.kv_lora_rank + a.qk_rope_head_dim
-    return a.indexer is None and width % 2 == 0 and width <= WIDEST
+        return describe().removeprefix("warning: ")
+    if isinstance(a, LatentAttention) and a.indexer is not None:
+        return "the native kernels can't choose among keys, as this model's indexer does"
+    width = a.head_dim if isinstance(a, GroupedQueryAttention) else a.kv_lora_rank + a.qk_rope_head_dim
+    fits = width % 2 == 0 and width <= WIDEST
+    return None if fits else f"the native kernels attend to keys of an even number of channels, at most {WIDEST}, not {width}"
 
 
 class NativeAttend:
@@ -37,7 +38,7 @@ class NativeAttend:
         group = self._groups[self.cache.group_of[layer]]
         self.cache.write(layer, group.slots_T[: self._tokens], k_TKD, v_TKD)
         pages_k, pages_v = self.cache.parts[layer]
-        return ops.paged_attention(q_THD, pages_k, pages_v, group.chunks_C4, group.tables, scale, reach, group.count_1)
+        return self._attended(q_THD, pages_k, pages_v, q_THD.shape[-1], group, scale, reach)
 
     def mla(
         self,
@@ -50,10 +51,18 @@ class NativeAttend:
         index: IndexQuery | None = None,
     ) -> Tensor:
         """See model.attend.Attend. Absorbs the up-projection: nothing is expanded, however long the context."""
-        assert index is None  # see can_attend
+        assert index is None  # see obstacle
         group = self._groups[self.cache.group_of[layer]]
         self.cache.write(layer, group.slots_T[: self._tokens], ops.join(latent_TC, k_rope_TR))
         pages = self.cache.parts[layer][0][:, :, None]
         q_THE, latent = ops.join(query.absorbed(), query.rope_THR), latent_TC.shape[-1]
-        out_THC = ops.paged_attention(q_THE, pages, pages[..., :latent], group.chunks_C4, group.tables, scale, reach, group.count_1)
-        return query.values(out_THC)
+        return query.values(self._attended(q_THE, pages, pages, latent, group, scale, reach))
+
+    def _attended(
+        self, q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, values: int, group: GroupBuffers, scale: float, reach: Reach
+    ) -> Tensor:
+        """`values`: channels of an entry of `pages_v` that are its value."""
+        where = group.chunks_C4, group.tables, scale, reach, group.count_1
+        if self.cache.coded:
+            return ops.coded_attention(q_THD, pages_k, pages_v, values, *where)
+        return ops.paged_attention(q_THD, pages_k, pages_v[..., :values], *where)

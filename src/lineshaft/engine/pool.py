@@ -9,6 +9,7 @@ import torch
 
 from lineshaft.base.errors import ConfigError
 from lineshaft.engine.cache import groups_of, page_bytes
+from lineshaft.engine.cache_dtype import cache_dtype
 from lineshaft.engine.config import EngineConfig
 from lineshaft.model.config import ModelConfig
 
@@ -34,11 +35,13 @@ def context_of(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def pool_of(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> Pool:
-    """As many pages as cache_bytes allows, or fewer when that many could never be used at once.
+    """For a model of this dtype, as many pages as cache_bytes allows, or fewer when that many could never be used at once.
 
     A request holds most_g pages of group g at most; with room for x such requests each group gets x * most_g pages. Where
-    not even one whole context fits, the pages are those of the longest text that does. ConfigError when that is not one page.
+    not even one whole context fits, the pages are those of the longest text that does. ConfigError when that is not one page,
+    or pages can't be held as the settings want.
     """
+    dtype = cache_dtype(model, config, dtype)
     groups, context = groups_of(model), context_of(model, config)
     one_page = [page_bytes(model, config.page_tokens, dtype, len(group.layers)) for group in groups]
     budget = config.cache_bytes or DEFAULT_BYTES

@@ -10,6 +10,7 @@ import torch
 
 from lineshaft.base.machine import available_memory_bytes, resident_memory_bytes
 from lineshaft.engine.cache import page_bytes
+from lineshaft.engine.cache_dtype import cache_dtype
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.pool import DEFAULT_BYTES, context_of, pool_of
 from lineshaft.engine.tiles import working_bytes
@@ -84,7 +85,7 @@ def with_cache(given: Serving, room: int | None = None) -> Serving:
     others = serve_memory(least).total - pool_of(config, least.engine, dtype).size
     left = (available_memory_bytes() if room is None else room) - resident_memory_bytes() - CODE_BYTES - others
     size = int(CACHE_SHARE * left)
-    enough = size >= 2 * page_bytes(config, given.engine.page_tokens, dtype)
+    enough = size >= 2 * page_bytes(config, given.engine.page_tokens, cache_dtype(config, given.engine, dtype))
     return replace(given, engine=given.engine.model_copy(update={"cache_bytes": size})) if enough else least
 
 
@@ -113,7 +114,7 @@ def _smaller_cache(given: Serving) -> Iterator[Step[Serving]]:
 
 def _context_bytes(given: Serving, tokens: int) -> int:
     """Cache that one request of so many tokens takes, when every layer sees all."""
-    page = page_bytes(given.model, given.engine.page_tokens, getattr(torch, given.held.dtype))
+    page = page_bytes(given.model, given.engine.page_tokens, cache_dtype(given.model, given.engine, getattr(torch, given.held.dtype)))
     return page * -(-tokens // given.engine.page_tokens)
 
 

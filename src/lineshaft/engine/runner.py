@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lineshaft.engine.attend import PagedAttend
 from lineshaft.engine.cache import PagedCache
-from lineshaft.engine.native_attend import can_attend
+from lineshaft.engine.native_attend import obstacle
 from lineshaft.engine.native_step import NativeStep
 from lineshaft.engine.tiles import TiledAttend
 from lineshaft.model.decoder import Decoder
@@ -24,9 +24,10 @@ class Runner:
     def __init__(self, model: Decoder, cache: PagedCache, steady: bool = True, step_tokens: int = 64) -> None:
         self.model, self.cache, self.steady = model, cache, steady
         self.native: NativeStep | None = None
-        if steady and can_attend(model.config):
+        if steady and obstacle(model.config) is None:
             with torch.inference_mode(), ops.steady():
                 self.native = NativeStep(model, cache, step_tokens)
+        assert self.native is not None or not cache.coded  # see cache_dtype
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Tensor:

@@ -13,6 +13,8 @@ from lineshaft.base.errors import BadCheckpoint, ConfigError
 from lineshaft.base.machine import machine
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Artifact, Draft
+from lineshaft.engine.cache import page_bytes
+from lineshaft.engine.cache_dtype import cache_dtype
 from lineshaft.engine.config import EngineConfig
 from lineshaft.evaluate.bigram import Bigram
 from lineshaft.evaluate.quality import HeldOut, Score, score_bigram, score_model
@@ -54,6 +56,7 @@ def _build(draft: Draft, config: EvaluateConfig) -> None:
     checkpoint, tokens = draft.parents["checkpoint"], draft.parents["tokens"]
     contract.check_folder(checkpoint.root)
     _check_room(load_config(checkpoint.root), tokens, config)
+    cache_dtype(load_config(checkpoint.root), config.engine, _dtype(checkpoint, config.engine))  # raises before anything is scored
     model = load_checkpoint(checkpoint.root, dtype=torch.float32, active_experts=config.engine.active_experts)
     heldout = TokenStream(tokens, "heldout")
     prompts = _prompts(heldout, config.speed)
@@ -66,10 +69,14 @@ def _build(draft: Draft, config: EvaluateConfig) -> None:
         subject=checkpoint.id,
         format=", ".join(sorted(quantised)) or "dense",
         metrics=_quality(score, baseline) | _size(model, checkpoint, config.engine),
-        notes=["Quality is computed with FP32 activations; held-out documents were never trained on."],
+        notes=["Quality is computed with FP32 activations; held-out documents were never trained on.", *_cache_note(config.engine)],
     )
     metrics, samples = _speed(speed, config)
     write_report(draft, report, Measured(metrics=metrics, samples=samples, machine=machine() | {"threads": speed.threads}))
+
+
+def _cache_note(engine: EngineConfig) -> list[str]:
+    return ["Speed is that of a cache in 8 bits; quality is computed without a cache."] if engine.cache_dtype == "int8" else []
 
 
 def _check_room(model: ModelConfig, tokens: Artifact, config: EvaluateConfig) -> None:
@@ -120,12 +127,12 @@ def _size(model: Decoder, checkpoint: Artifact, engine: EngineConfig) -> dict[st
         "active_parameters": cost.active_parameters,
         "weights_bytes": size,
         "bits_per_weight": 8 * size / cost.parameters,
-        "kv_bytes_per_token": cost.kv_numbers_per_token * _cache_dtype(checkpoint, engine).itemsize,
+        "kv_bytes_per_token": page_bytes(model.config, 1, cache_dtype(model.config, engine, _dtype(checkpoint, engine))),
     } | ({} if share is None else {"quantised_share_of_fp32": share})
 
 
-def _cache_dtype(checkpoint: Artifact, engine: EngineConfig) -> torch.dtype:
-    """What the engine holds its cache as. Weights loaded without a cast are only mapped, so this costs nothing."""
+def _dtype(checkpoint: Artifact, engine: EngineConfig) -> torch.dtype:
+    """Of the model as the engine holds it. Weights loaded without a cast are only mapped, so this costs nothing."""
     if engine.dtype != "auto":
         return torch.bfloat16 if engine.dtype == "bfloat16" else torch.float32
     return next(load_checkpoint(checkpoint.root).parameters()).dtype

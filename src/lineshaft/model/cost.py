@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 
 from lineshaft.model.config import GroupedQueryAttention, LatentAttention, MixtureOfExperts, ModelConfig
+from lineshaft.ops.entries import entry_bytes
 from lineshaft.ops.reach import Causal, Reach, Window
 
 
@@ -102,12 +104,24 @@ def products(config: ModelConfig) -> Iterator[Product]:
         yield Product(config.hidden_size, config.vocab_size)
 
 
-def kv_width(config: ModelConfig) -> int:
-    """Numbers that one token leaves in the cache of one layer."""
+def kv_entries(config: ModelConfig) -> list[tuple[int, ...]]:
+    """Shapes of what one token leaves in the cache of one layer: keys and values of each head; or a latent, and an indexer's key."""
     a = config.attention
     if isinstance(a, GroupedQueryAttention):
-        return 2 * a.num_key_value_heads * a.head_dim
-    return a.kv_lora_rank + a.qk_rope_head_dim + (0 if a.indexer is None else a.indexer.head_dim)
+        return [(a.num_key_value_heads, a.head_dim)] * 2
+    return [(a.kv_lora_rank + a.qk_rope_head_dim,), *([(a.indexer.head_dim,)] if a.indexer else [])]
+
+
+def kv_width(config: ModelConfig) -> int:
+    """Numbers that one token leaves in the cache of one layer."""
+    return sum(prod(shape) for shape in kv_entries(config))
+
+
+def kv_bytes(config: ModelConfig, held: str) -> int:
+    """Bytes that one token leaves in the cache of one layer, held as this dtype; int8: as codes with scales."""
+    if held == "int8":
+        return sum(prod(heads) * entry_bytes(width) for *heads, width in kv_entries(config))
+    return kv_width(config) * {"float32": 4, "bfloat16": 2, "float16": 2}[held]
 
 
 def attention_flops(config: ModelConfig, tokens: int) -> int:

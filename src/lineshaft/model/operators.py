@@ -7,10 +7,11 @@ from typing import Literal
 from lineshaft.model.config import LatentAttention, ModelConfig
 
 
-def ops_used(config: ModelConfig, fmt: str, task: Literal["serve", "train"], native: bool = False) -> list[str]:
+def ops_used(config: ModelConfig, fmt: str, task: Literal["serve", "train"], native: bool = False, pages8: bool = False) -> list[str]:
     """Names of ops/table that a task may call. `fmt` as in memory.Stored: layers in it are multiplied in it, others dense.
 
     `native`: serving with the native kernels, which take packed weights; what they can't take stays as it is.
+    `pages8`: with cache pages in 8 bits, which only these read.
     """
     whole = "linear_int_a8" if fmt.endswith("-a8") else "linear_int"
     coded = {"int8": whole, "int4": whole, "fp8": "linear_fp8"}.get(fmt.partition("-")[0])
@@ -20,10 +21,11 @@ def ops_used(config: ModelConfig, fmt: str, task: Literal["serve", "train"], nat
     if task == "train":
         found |= {"rows_gqa", "reach_gqa", *(["join"] if latent else [])} | ({"attention"} if indexer else set())
         return sorted(found)
-    found |= {"write_pages", *([coded] if coded else []), *(["by_head"] if latent else [])}
+    found |= {"write_codes" if pages8 else "write_pages", *([coded] if coded else []), *(["by_head"] if latent else [])}
     if native:
         found = _by_native_kernels(config, found)
-    found.add("paged_attention" if native and not indexer else "tile_mla" if latent else "tile_gqa")
+    paged = "coded_attention" if pages8 else "paged_attention"
+    found.add(paged if native and not indexer else "tile_mla" if latent else "tile_gqa")
     return sorted(found)
 
 

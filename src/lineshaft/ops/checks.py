@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lineshaft.ops.entries import entry_bytes
 from lineshaft.ops.packing import Shape
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1}
@@ -58,25 +59,63 @@ def alike(op: str, a: Tensor, b: Tensor) -> None:
 
 def attention(q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, chunks_C4: Tensor, tables: Tensor) -> None:
     """The numbers in chunks and tables are the caller's: reading them would cost more than attention over a short text."""
-    if pages_k.dtype != q_THD.dtype or pages_v.dtype != q_THD.dtype or tables.dtype != torch.int32 or chunks_C4.dtype != torch.int64:
-        pages = f"pages {pages_k.dtype} and {pages_v.dtype}"
-        raise ValueError(f"paged_attention: queries {q_THD.dtype}, {pages}, tables {tables.dtype}, chunks {chunks_C4.dtype}")
+    float_of(q_THD)
+    _dtypes("paged_attention", q_THD, (pages_k, pages_v), q_THD.dtype, chunks_C4, tables)
+    if pages_k.dim() != 4 or q_THD.shape[-1:] != pages_k.shape[3:]:
+        raise _shapes("paged_attention", q_THD, pages_k, pages_v, chunks_C4, tables)
+    _pages("paged_attention", q_THD, pages_k, pages_v, pages_v.shape[-1], chunks_C4, tables)
+
+
+def coded_attention(q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, values: int, chunks_C4: Tensor, tables: Tensor) -> None:
+    """Entries of both as wide as queries."""
+    float_of(q_THD)
+    _dtypes("coded_attention", q_THD, (pages_k, pages_v), torch.uint8, chunks_C4, tables)
+    width = q_THD.shape[-1]
+    if pages_k.shape != pages_v.shape or pages_k.shape[-1] != entry_bytes(width):
+        found = f"entries of {pages_k.shape[-1]} and {pages_v.shape[-1]} bytes"
+        raise ValueError(f"coded_attention: {found}: for queries of {width} channels both take {entry_bytes(width)}")
+    if not 0 < values <= width:
+        raise ValueError(f"coded_attention: values of {values} channels, entries have {width}")
+    _pages("coded_attention", q_THD, pages_k, pages_v, values, chunks_C4, tables)
+
+
+def codes(pages: Tensor, slots_T: Tensor, entry: Tensor) -> None:
+    """Room for an entry in each slot."""
+    wanted = (*entry.shape[1:-1], entry_bytes(entry.shape[-1]))
+    if entry.dim() not in (2, 3) or pages.dtype != torch.uint8 or pages.shape[2:] != wanted or slots_T.dtype != torch.int64:
+        raise ValueError(f"write_codes: {list(entry.shape)} into pages of {list(pages.shape)} {pages.dtype}: slots take {wanted}")
+    if slots_T.shape != entry.shape[:1] or not slots_T.is_contiguous() or not pages.is_contiguous():
+        raise ValueError(f"write_codes: {len(entry)} tokens, {list(slots_T.shape)} slots; these and pages must lie in a row in memory")
+
+
+def _dtypes(op: str, q_THD: Tensor, pages: tuple[Tensor, Tensor], wanted: torch.dtype, chunks_C4: Tensor, tables: Tensor) -> None:
+    """Of everything that attention is given."""
+    if any(each.dtype != wanted for each in pages) or tables.dtype != torch.int32 or chunks_C4.dtype != torch.int64:
+        told = f"pages {pages[0].dtype} and {pages[1].dtype}"
+        raise ValueError(f"{op}: queries {q_THD.dtype}, {told}, tables {tables.dtype}, chunks {chunks_C4.dtype}")
+
+
+def _pages(op: str, q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, values: int, chunks_C4: Tensor, tables: Tensor) -> None:
+    """Shapes, and where pages lie; `values`: channels of a head's values."""
     if not _meet(q_THD, pages_k, pages_v) or chunks_C4.shape[1:] != (4,) or tables.dim() != 1:
-        names = "queries", "keys", "values", "chunks", "tables"
-        shapes = (list(each.shape) for each in (q_THD, pages_k, pages_v, chunks_C4, tables))
-        raise ValueError(f"paged_attention: {', '.join(f'{name} {shape}' for name, shape in zip(names, shapes, strict=True))}")
-    width, values = q_THD.shape[2], pages_v.shape[3]
+        raise _shapes(op, q_THD, pages_k, pages_v, chunks_C4, tables)
+    width = q_THD.shape[2]
     if width % 2 or max(width, values) > WIDEST:
-        raise ValueError(f"paged_attention: heads of {width} and {values} channels: at most {WIDEST}, and an even number for keys")
+        raise ValueError(f"{op}: heads of {width} and {values} channels: at most {WIDEST}, and an even number for keys")
     if not _in_a_row(pages_k) or not _in_a_row(pages_v):
-        raise ValueError("paged_attention: pages must follow each other in memory, channels too; strided pages are not copied")
+        raise ValueError(f"{op}: pages must follow each other in memory, channels too; strided pages are not copied")
+
+
+def _shapes(op: str, *given: Tensor) -> ValueError:
+    names = "queries", "keys", "values", "chunks", "tables"
+    return ValueError(f"{op}: {', '.join(f'{name} {list(each.shape)}' for name, each in zip(names, given, strict=True))}")
 
 
 def _meet(q_THD: Tensor, pages_k: Tensor, pages_v: Tensor) -> bool:
     """Do queries, keys and values belong together?"""
     if q_THD.dim() != 3 or pages_k.dim() != 4 or pages_k.shape[:3] != pages_v.shape[:3]:
         return False
-    return q_THD.shape[2] == pages_k.shape[3] and q_THD.shape[1] % pages_k.shape[2] == 0
+    return q_THD.shape[1] % pages_k.shape[2] == 0
 
 
 def _in_a_row(pages: Tensor) -> bool:

@@ -120,15 +120,56 @@ def paged_attention(
     count_1: Tensor | None = None,
 ) -> Tensor:
     """See `reference.paged_attention`."""
-    kind = checks.float_of(q_THD)
     checks.attention(q_THD, pages_k, pages_v, chunks_C4, tables)
+    return _attended(q_THD, pages_k, pages_v, pages_v.shape[-1], chunks_C4, tables, scale, reach, count_1)
+
+
+def write_codes(pages: Tensor, slots_T: Tensor, entry: Tensor) -> Tensor:
+    """See `reference.write_codes`."""
+    kind, entry_THE = checks.float_of(entry), rows_of(entry if entry.dim() == 3 else entry[:, None])
+    checks.codes(pages, slots_T, entry)
+    native_library().write_codes(
+        kind, entry_THE.data_ptr(), *entry_THE.stride()[:2], slots_T.data_ptr(), pages.data_ptr(), *entry_THE.shape
+    )
+    return pages
+
+
+def coded_attention(
+    q_THD: Tensor,
+    pages_k: Tensor,
+    pages_v: Tensor,
+    values: int,
+    chunks_C4: Tensor,
+    tables: Tensor,
+    scale: float,
+    reach: Reach,
+    count_1: Tensor | None = None,
+) -> Tensor:
+    """See `reference.coded_attention`."""
+    checks.coded_attention(q_THD, pages_k, pages_v, values, chunks_C4, tables)
+    return _attended(q_THD, pages_k, pages_v, values, chunks_C4, tables, scale, reach, count_1)
+
+
+def _attended(
+    q_THD: Tensor,
+    pages_k: Tensor,
+    pages_v: Tensor,
+    values: int,
+    chunks_C4: Tensor,
+    tables: Tensor,
+    scale: float,
+    reach: Reach,
+    count_1: Tensor | None,
+) -> Tensor:
+    """Of pages that were looked at: their bytes are codes where they are no floats."""
+    kind, coded = checks.float_of(q_THD), pages_k.dtype == torch.uint8
     q_THD, chunks_C4, tables = q_THD.contiguous(), chunks_C4.contiguous(), tables.contiguous()
     heads, width = q_THD.shape[1:]
-    kv_heads, values = pages_v.shape[-2:]
     count_1 = torch.tensor([len(chunks_C4)]) if count_1 is None else count_1
     out_THV = result((len(q_THD), heads, values), q_THD.dtype)
     native_library().attention(
         kind,
+        coded,
         q_THD.data_ptr(),
         q_THD.stride(0),
         pages_k.data_ptr(),
@@ -144,7 +185,7 @@ def paged_attention(
         *_numbers(reach),
         scale,
         heads,
-        kv_heads,
+        pages_k.shape[2],
         width,
         values,
         out_THV.data_ptr(),

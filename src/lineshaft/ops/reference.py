@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lineshaft.ops import coded_pages
 from lineshaft.ops.experts import Feeds, Rule, affinity, routed
 from lineshaft.ops.integers import integers, rounded
 from lineshaft.ops.packing import Shape, unpack
@@ -254,6 +255,30 @@ def paged_attention(
         k_SKD, v_SKV = paged_rows(pages_k, table, positions_S), paged_rows(pages_v, table, positions_S)
         outs.append(in_tiles(q_THD[row : row + count], k_SKD, v_SKV, spans, first, scale, reach))
     return torch.cat(outs)
+
+
+def write_codes(pages: Tensor, slots_T: Tensor, entry: Tensor) -> Tensor:
+    """`write_pages` into pages [P, B, ..., bytes] of 8-bit codes with scales (`coded_pages.encode`)."""
+    return write_pages(pages, slots_T, coded_pages.encode(entry))
+
+
+def coded_attention(
+    q_THD: Tensor,
+    pages_k: Tensor,
+    pages_v: Tensor,
+    values: int,
+    chunks_C4: Tensor,
+    tables: Tensor,
+    scale: float,
+    reach: Reach,
+    count_1: Tensor | None = None,
+) -> Tensor:
+    """`paged_attention` over coded pages [P, B, K, bytes]: as over pages that hold, in the dtype of q, the numbers they stand for.
+
+    Entries of both are D channels wide, of which the first `values` are an entry's value (latent attention: less than D).
+    """
+    k, v = (coded_pages.decode(pages, q_THD.shape[-1], q_THD.dtype) for pages in (pages_k, pages_v))
+    return paged_attention(q_THD, k, v[..., :values], chunks_C4, tables, scale, reach, count_1)
 
 
 def by_head(x_THA: Tensor, weight_HAB: Tensor) -> Tensor:

@@ -53,6 +53,8 @@ REFERENCE: Mapping[str, Kernel] = {
     "packed_linear": reference.packed_linear,
     "write_pages": reference.write_pages,
     "paged_attention": reference.paged_attention,
+    "write_codes": reference.write_codes,
+    "coded_attention": reference.coded_attention,
 }
 """Right on every device."""
 
@@ -94,6 +96,8 @@ NATIVE: Mapping[str, Kernel] = {
     "experts": native_experts.experts,
     "write_pages": native.write_pages,
     "paged_attention": native.paged_attention,
+    "write_codes": native.write_codes,
+    "coded_attention": native.coded_attention,
 }
 """Of the library in native/, laid over STEADY where it is built: as steady, and fast. They keep no gradients."""
 
@@ -248,6 +252,26 @@ def paged_attention(
 ) -> Tensor:
     """See `reference.paged_attention`."""
     return kernel("paged_attention", q)(q, pages_k, pages_v, chunks, tables, scale, reach, count)
+
+
+def write_codes(pages: Tensor, slots: Tensor, entry: Tensor) -> Tensor:
+    """See `reference.write_codes`."""
+    return kernel("write_codes", pages)(pages, slots, entry)
+
+
+def coded_attention(
+    q: Tensor,
+    pages_k: Tensor,
+    pages_v: Tensor,
+    values: int,
+    chunks: Tensor,
+    tables: Tensor,
+    scale: float,
+    reach: Reach,
+    count: Tensor | None = None,
+) -> Tensor:
+    """See `reference.coded_attention`."""
+    return kernel("coded_attention", q)(q, pages_k, pages_v, values, chunks, tables, scale, reach, count)
 
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from lineshaft.engine import cache_dtype
+from lineshaft.engine.cache import page_bytes
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
 from lineshaft.engine.preflight import check_room
@@ -28,15 +30,16 @@ def loaded(folder: Path, config: EngineConfig) -> tuple[Engine, Ready]:
     with steady(config.batch_invariant):
         kernels = ", ".join(f"{op} {origin}" for op, origin in chosen("cpu").items())
     weights = sum(tensor.nbytes for tensor in engine.model.state_dict().values())
-    cost, cache = cost_of(engine.model.config), engine.runner.cache
+    model, cache = engine.model, engine.runner.cache
     timing = f"loaded in {loaded_at - began:.1f} s, warm {time.monotonic() - loaded_at:.1f} s later"
     step = engine.runner.native
-    lines = [describe(), *([step.told()] if step else []), f"kernels: {kernels}", told(same), timing]
+    held = [cache_dtype.told(model.config)] if cache.coded else []
+    lines = [describe(), *([step.told()] if step else []), *held, f"kernels: {kernels}", told(same), timing]
     ready = Ready(
         context_tokens=engine.context_tokens,
         weight_bytes=weights,
-        bits_per_weight=8 * weights / cost.parameters,
-        kv_bytes_per_token=float(cost.kv_numbers_per_token * cache.dtype.itemsize),
+        bits_per_weight=8 * weights / cost_of(model.config).parameters,
+        kv_bytes_per_token=float(page_bytes(model.config, 1, cache.dtype)),
         told=lines,
     )
     return engine, ready
