@@ -15,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lineshaft.base.machine import available_memory_bytes
+from lineshaft.base.machine import available_memory_bytes, machine
 
 CHILD = Path(__file__).with_name("contestants.py")
 DISTURBED = 0.08
@@ -82,8 +82,6 @@ class Contestant:
     interpreter: str
     options: Options
     environment: dict[str, str] = field(default_factory=dict)
-    mode: dict[str, Any] = field(default_factory=dict)
-    """Passed with everything it is asked."""
     told: dict[str, Any] = field(default_factory=dict)
     """What it said when it was ready: seconds, versions, about."""
 
@@ -113,14 +111,14 @@ class Contestant:
         self.told = self._spawn()
         self._stand_still()
 
-    def ask(self, prompts: list[list[int]], outputs: list[int]) -> tuple[float, float]:
+    def ask(self, prompts: list[list[int]], outputs: list[int], mode: dict[str, Any]) -> tuple[float, float]:
         """Seconds, and the share of the machine that other processes used meanwhile. Raises Failed."""
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGCONT)
         short = [prompts[0][: min(16, len(prompts[0]))]]
-        self._exchange(prompts=short, outputs=[2], mode=self.mode)  # wakes threads and fills caches that the others emptied
+        self._exchange(prompts=short, outputs=[2], mode=mode)  # wakes threads and fills caches that the others emptied
         began, before = time.perf_counter(), others_seconds(self.process.pid)
-        taken = self._exchange(prompts=prompts, outputs=outputs, mode=self.mode)["seconds"]
+        taken = self._exchange(prompts=prompts, outputs=outputs, mode=mode)["seconds"]
         wall, others = time.perf_counter() - began, others_seconds(self.process.pid) - before
         self._stand_still()
         return taken, max(0.0, others - ROUNDING_SECONDS) / (wall * (os.cpu_count() or 1))
@@ -229,19 +227,36 @@ class Contest:
         for contestant in self.contestants:
             contestant.end()
 
-    def round(self, number: int, figure: str, lengths: list[tuple[int, int]], only: Callable[[Contestant], bool] = lambda _: True) -> None:
-        """One figure of one round, contestant after contestant, with the same prompts. Round 0 warms up and is not kept."""
-        asked = [self.prompts(length) for length, _ in lengths]
-        for contestant in [one for one in self.contestants if only(one)]:
-            self._guarded(contestant, lambda one: self._sample(one, number, figure, asked, [output for _, output in lengths]))
+    def round(self, number: int, figure: str, lengths: list[tuple[int, int]], names: Collection[str], **mode: Any) -> None:
+        """One figure of one round, contestant after contestant, with the same prompts. Round 0 warms up and is not kept.
+
+        `mode`: how they answer; see `timed` in contestants.py.
+        """
+        asked, outputs = [self.prompts(length) for length, _ in lengths], [output for _, output in lengths]
+        for contestant in [one for one in self.contestants if one.name in names]:
+            self._guarded(contestant, lambda one: self._sample(one, number, figure, asked, outputs, mode))
 
     def values(self, figure: str, contestant: str) -> list[Sample]:
         return [sample for sample in self.samples if (sample.figure, sample.contestant) == (figure, contestant)]
 
-    def _sample(self, contestant: Contestant, number: int, figure: str, prompts: list[list[int]], outputs: list[int]) -> None:
+    def record(self, file: Path, **about: Any) -> None:
+        """Everything that was measured."""
+        told = {one.name: one.told for one in self.contestants}
+        samples = [asdict(sample) for sample in self.samples]
+        whole = {"machine": machine(), **about, "failures": self.failures, "contestants": told, "samples": samples}
+        file.write_text(json.dumps(whole, indent=1) + "\n")
+
+    def disturbance(self) -> str | None:
+        """For people; None when nothing disturbed."""
+        count = sum(sample.disturbed for sample in self.samples)
+        return f"* {count} of {len(self.samples)} samples: others used over {DISTURBED:.0%} of the machine" if count else None
+
+    def _sample(
+        self, contestant: Contestant, number: int, figure: str, prompts: list[list[int]], outputs: list[int], mode: dict[str, Any]
+    ) -> None:
         taken: list[Sample] = []
         for _ in range(1 + AGAIN if number else 1):
-            taken.append(Sample(figure, number, contestant.name, *contestant.ask(prompts, outputs)))
+            taken.append(Sample(figure, number, contestant.name, *contestant.ask(prompts, outputs, mode)))
             if not taken[-1].disturbed:
                 break
             prompts = [self.prompts(len(prompt)) for prompt in prompts]  # new ones: nobody's prefix cache may help

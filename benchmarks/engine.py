@@ -11,12 +11,10 @@ many times as good ours is.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from contest import Contest, Contestant, Figure, Options
@@ -91,25 +89,25 @@ def contestants(asked: argparse.Namespace, folder: Path, dense: bool, workload: 
     return made
 
 
-def comparing(contestant: Contestant) -> bool:
-    return contestant.name != SHARING
+def compared(contest: Contest) -> list[str]:
+    return [one.name for one in contest.contestants if one.name != SHARING]
 
 
 def measure(contest: Contest, workload: Workload, rounds: int) -> None:
     """Every figure in every round, contestant after contestant. Round 0 warms up: packing, compilation, allocators."""
     alone = [(workload.prompt, 8)]
     for figure, lengths in (("warm", alone), ("warm", alone), ("warm", [(workload.long, 1)])):
-        contest.round(0, figure, lengths, comparing)
+        contest.round(0, figure, lengths, compared(contest))
     for number in range(1, rounds + 1):
         print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
-        contest.round(number, "first", [(workload.prompt, 1)], comparing)
-        contest.round(number, "whole", [(workload.prompt, workload.output)], comparing)
-        contest.round(number, "long", [(workload.long, 1)], comparing)
-        contest.round(number, "batch", workload.batch(), comparing)
+        contest.round(number, "first", [(workload.prompt, 1)], compared(contest))
+        contest.round(number, "whole", [(workload.prompt, workload.output)], compared(contest))
+        contest.round(number, "long", [(workload.long, 1)], compared(contest))
+        contest.round(number, "batch", workload.batch(), compared(contest))
 
 
 def lines(contest: Contest, workload: Workload) -> list[Line]:
-    names = [one.name for one in contest.contestants if comparing(one)]
+    names = compared(contest)
 
     def figure(name: str, made_of: tuple[str, ...], value: Callable[..., float]) -> Figure:
         """One value a round, from that round's samples."""
@@ -121,7 +119,7 @@ def lines(contest: Contest, workload: Workload) -> list[Line]:
         return Line(what, unit, {name: figure(name, made_of, value) for name in names}, less)
 
     answered = sum(output for _, output in workload.batch())
-    loads = {one.name: Figure([one.told["seconds"]], False) for one in contest.contestants if comparing(one)}
+    loads = {one.name: Figure([one.told["seconds"]], False) for one in contest.contestants if one.name in names}
     return [
         Line("load", "s", loads, less=True),
         line(f"first token after {workload.prompt}", "ms", ("first",), lambda first: 1000 * first, less=True),
@@ -143,7 +141,7 @@ def prefix_line(contest: Contest, workload: Workload, rounds: int) -> str | None
     for number in range(rounds + 1):
         beginning = contest.prompts(workload.long // 2)
         for kind in found:
-            taken, _ = sharing.ask([beginning + contest.prompts(32)], [1])
+            taken, _ = sharing.ask([beginning + contest.prompts(32)], [1], {})
             found[kind] += [1000 * taken] if number else []  # the first warms up
     miss, hit = (Figure(values, False) for values in found.values())
     ratio = miss.median / hit.median
@@ -187,17 +185,11 @@ def report(asked: argparse.Namespace, contest: Contest, workload: Workload, roun
     if prefix:
         print(prefix)
     print(last_line(contest, table[2].found[OURS], weights, rate, asked.threads))
-    disturbed = sum(sample.disturbed for sample in contest.samples)
-    if disturbed:
-        print(f"* {disturbed} of {len(contest.samples)} samples were taken while other processes used more than 8 % of the machine")
+    if said := contest.disturbance():
+        print(said)
     if asked.json:
-        whole: dict[str, Any] = {
-            "machine": machine(), "threads": asked.threads, "precision": precision, "workload": asdict(workload),
-            "read_bytes_a_second": rate, "weight_bytes_a_token": weights, "failures": contest.failures,
-            "contestants": {one.name: one.told for one in contest.contestants},
-            "samples": [asdict(sample) for sample in contest.samples],
-        }  # fmt: skip
-        asked.json.write_text(json.dumps(whole, indent=1) + "\n")
+        about = {"threads": asked.threads, "precision": precision, "workload": asdict(workload)}
+        contest.record(asked.json, **about, read_bytes_a_second=rate, weight_bytes_a_token=weights)
     return 1 if contest.failures else 0
 
 
