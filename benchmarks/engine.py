@@ -1,178 +1,197 @@
-"""Our engine and transformers on one model, in one process, rounds interleaved: alone, sixteen at once, and shared beginnings.
+"""Our engine beside others on one model: rounds interleaved, every engine in a process of its own. How to read it: docs/benchmarks.md.
 
-    .venv/bin/python benchmarks/engine.py FOLDER [--dtype bfloat16] [--prompt 128] [--output 32] [--batch 16] [--repeats 3]
+    .venv/bin/python benchmarks/engine.py FOLDER [--precision int8] [--peer vllm=PYTHON] [--peer openvino=PYTHON:FOLDER] [--quick]
     .venv/bin/python benchmarks/engine.py half      # a random llama of 0.53 G weights, made in a temporary folder
 
-Greedy, ignoring end tokens, prompts of random ids. transformers answers several prompts of one length as one batch, which
-is its best case. The floor is the time to read the weights once, at the speed of one pass over a large tensor here.
+transformers of this environment always takes part unless --no-transformers. A peer is NAME=PYTHON, the interpreter in which it is
+installed, or NAME=PYTHON:PATH where it reads another folder or file than ours; for llama.cpp NAME=LLAMA_SERVER:FILE.gguf. Ratios say how
+many times as good ours is.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
-import time
+import sys
 from collections.abc import Callable
-from contextlib import contextmanager
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import transformers
+from contest import Contest, Contestant, Figure, Options
+from half import folder_of
+from workload import QUICK, Workload, precision_of, random_prompts, read_bytes, read_config, read_rate
 
 from lineshaft.base.machine import machine
-from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.loop import Engine
-from lineshaft.model.checkpoint import save_checkpoint
-from lineshaft.model.config import ModelConfig
-from lineshaft.model.decoder import Decoder
-from lineshaft.sched.request import Ask, Emitted, Sampling
 
-HALF = {
-    "family": "llama",
-    "hidden_size": 1280,
-    "num_hidden_layers": 24,
-    "intermediate_size": 3584,
-    "max_position_embeddings": 4096,
-    "vocab_size": 32000,
-    "attention": {"kind": "gqa", "num_attention_heads": 20, "num_key_value_heads": 10, "head_dim": 64},
-}
-Run = Callable[[list[list[int]], int], list[list[int]]]
+OURS, LOOSE, SHARING = "lineshaft", "lineshaft batch_invariant=false", "lineshaft prefix cache"
+PEERS = ("transformers", "vllm", "openvino", "llama.cpp")
 
 
-@contextmanager
-def folder_of(name: str):
-    if name != "half":
-        yield Path(name)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        model = Decoder(ModelConfig.model_validate(HALF))
-        model.initialise(1)
-        save_checkpoint(model.to(torch.bfloat16), Path(folder), Path(folder))
-        del model
-        yield Path(folder)
+@dataclass(frozen=True)
+class Line:
+    """One figure of the table: what, unit, values by contestant, and whether less is better."""
+
+    what: str
+    unit: str
+    found: dict[str, Figure]
+    less: bool = False
+
+    def told(self) -> str:
+        ours = self.found[OURS].median
+        parts = [f"{OURS} {self.found[OURS].told()}"]
+        for name, figure in self.found.items():
+            if name != OURS:
+                ratio = figure.median / ours if self.less else ours / figure.median
+                parts.append(f"{name} {figure.told()} ratio {ratio:.2f}")
+        return f"{self.what}, {self.unit}: {'; '.join(parts)}"
 
 
-def ours(engine: Engine) -> Run:
-    def run(prompts: list[list[int]], output: int) -> list[list[int]]:
-        numbers = [engine.submit(Ask(prompt, Sampling(max_tokens=output, temperature=0, ignore_eos=True)))[0] for prompt in prompts]
-        said: dict[int, list[int]] = {number: [] for number in numbers}
-        while not engine.idle:
-            for event in engine.step():
-                if isinstance(event, Emitted):
-                    said[event.request].append(event.token)
-        return [said[number] for number in numbers]
-
-    return run
-
-
-def theirs(model: transformers.PreTrainedModel) -> Run:
-    def run(prompts: list[list[int]], output: int) -> list[list[int]]:
-        ids = torch.tensor(prompts)
-        made = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=output, min_new_tokens=output, do_sample=False, pad_token_id=0
-        )
-        return made[:, ids.shape[1] :].tolist()
-
-    return run
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="a checkpoint, or `half`")
+    parser.add_argument("--precision", choices=["bf16", "int8", "int4"], help="what the folder must hold; default: what it holds")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON[:PATH]", help=", ".join(PEERS))
+    parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--own", action="store_true", help="ours also with batch_invariant=false, and with its prefix cache")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=machine()["cores"])
+    parser.add_argument("--cache-gib", type=int, default=1, help="of each engine")
+    parser.add_argument("--quick", action="store_true", help="short prompts, 4 requests, 1 round: shows that all run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="all samples")
+    asked = parser.parse_args()
+    for text in asked.peer:
+        name, _, rest = text.partition("=")
+        if name not in PEERS or not rest:
+            parser.error(f"--peer {text}: NAME=PYTHON or NAME=PYTHON:PATH, NAME one of {', '.join(PEERS)}")
+        if name == "llama.cpp" and ":" not in rest:
+            parser.error(f"--peer {text}: llama.cpp=LLAMA_SERVER:FILE.gguf")
+    return asked
 
 
-def seconds(run: Run, prompts: list[list[int]], output: int) -> float:
-    started = time.perf_counter()
-    run(prompts, output)
-    return time.perf_counter() - started
+def contestants(asked: argparse.Namespace, folder: Path, dense: bool, workload: Workload) -> list[Contestant]:
+    dtype = "bfloat16" if dense else None
+    base = Options(str(folder.resolve()), dtype, asked.threads, asked.cache_gib, workload.context, workload.requests)
+    made = [Contestant(OURS, "lineshaft", sys.executable, base)]
+    if asked.own:
+        loose = {"batch_invariant": False, "scheduler": {"prefix_cache": False}}
+        made.append(Contestant(LOOSE, "lineshaft", sys.executable, replace(base, engine=loose)))
+        made.append(Contestant(SHARING, "lineshaft", sys.executable, replace(base, engine={"scheduler": {}})))
+    named = {name: rest for name, _, rest in (text.partition("=") for text in asked.peer)}
+    if not asked.no_transformers:
+        named = {"transformers": sys.executable} | named
+    for name, rest in named.items():
+        program, _, path = rest.partition(":")
+        own = replace(base, folder=str(Path(path).resolve()) if path else base.folder)
+        if name == "llama.cpp":
+            made.append(Contestant(name, name, sys.executable, replace(own, program=program)))
+        else:
+            made.append(Contestant(name, name, program, own))
+    return made
 
 
-def read_rate() -> float:
-    """Bytes a second of one sum over 1 GiB."""
-    block = torch.ones(1 << 28)
-    taken = []
-    for _ in range(5):
-        started = time.perf_counter()
-        block.sum()
-        taken.append(time.perf_counter() - started)
-    return block.nbytes / min(taken)
+def compared(contest: Contest) -> list[str]:
+    return [one.name for one in contest.contestants if one.name != SHARING]
 
 
-def told(what: str, unit: str, found: dict[str, list[float]], extra: str = "") -> None:
-    names = list(found)
-    medians = [statistics.median(found[name]) for name in names]
-    spread = max((max(values) - min(values)) / statistics.median(values) for values in found.values())
-    listed = ", ".join(f"{name} {value:.3g}" for name, value in zip(names, medians, strict=True))
-    print(f"{what} {unit}: {listed}, ratio {medians[0] / medians[1]:.2f}, spread {spread:.0%}{extra}", flush=True)
+def measure(contest: Contest, workload: Workload, rounds: int) -> None:
+    """Every figure in every round, contestant after contestant. Round 0 warms up: packing, compilation, allocators."""
+    alone = [(workload.prompt, 8)]
+    for figure, lengths in (("warm", alone), ("warm", alone), ("warm", [(workload.long, 1)])):
+        contest.round(0, figure, lengths, compared(contest))
+    for number in range(1, rounds + 1):
+        print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
+        contest.round(number, "first", [(workload.prompt, 1)], compared(contest))
+        contest.round(number, "whole", [(workload.prompt, workload.output)], compared(contest))
+        contest.round(number, "long", [(workload.long, 1)], compared(contest))
+        contest.round(number, "batch", workload.batch(), compared(contest))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--output", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--shared", type=int, default=512, help="tokens of the beginning that all share")
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-    with folder_of(args.folder) as folder:
-        compare(args, folder)
+def lines(contest: Contest, workload: Workload) -> list[Line]:
+    names = compared(contest)
+
+    def figure(name: str, made_of: tuple[str, ...], value: Callable[..., float]) -> Figure:
+        """One value a round, from that round's samples."""
+        rows = list(zip(*(contest.values(part, name) for part in made_of), strict=True))
+        disturbed = any(sample.disturbed for row in rows for sample in row)
+        return Figure([value(*(sample.seconds for sample in row)) for row in rows], disturbed)
+
+    def line(what: str, unit: str, made_of: tuple[str, ...], value: Callable[..., float], less: bool = False) -> Line:
+        return Line(what, unit, {name: figure(name, made_of, value) for name in names}, less)
+
+    answered = sum(output for _, output in workload.batch())
+    loads = {one.name: Figure([one.told["seconds"]], False) for one in contest.contestants if one.name in names}
+    return [
+        Line("load", "s", loads, less=True),
+        line(f"first token after {workload.prompt}", "ms", ("first",), lambda first: 1000 * first, less=True),
+        line(
+            f"one stream, {workload.output} after {workload.prompt}", "tokens/s", ("first", "whole"),
+            lambda first, whole: (workload.output - 1) / (whole - first),
+        ),
+        line(f"prompt of {workload.long}", "tokens/s", ("long",), lambda long: workload.long / long),
+        line(f"{workload.requests} requests at once", "output tokens/s", ("batch",), lambda batch: answered / batch),
+    ]  # fmt: skip
 
 
-def compare(args: argparse.Namespace, folder: Path) -> None:
-    generator = torch.Generator().manual_seed(1)
-    limits = {"start_batch": args.batch, "prefix_cache": False}
-
-    def engine(**changes: object) -> Engine:
-        table = {"dtype": args.dtype, "cache_bytes": 1 << 30, "scheduler": limits}
-        return Engine.load(folder, EngineConfig.model_validate(table | changes))
-
-    steady, loose = engine(), engine(batch_invariant=False)
-    peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
-    name = f"transformers {version('transformers')}"
-    runs = {"lineshaft": ours(steady), name: theirs(peer), "lineshaft batch_invariant=false": ours(loose)}
-    vocabulary = steady.model.config.vocab_size
-
-    def prompts(count: int, length: int) -> list[list[int]]:
-        return torch.randint(3, vocabulary, (count, length), generator=generator).tolist()
-
-    def rounds(work: Callable[[Run, list[list[int]]], float], count: int, length: int) -> dict[str, list[float]]:
-        found: dict[str, list[float]] = {own: [] for own in runs}
-        for repeat in range(args.repeats + 1):  # the first warms up
-            asked = prompts(count, length)
-            for own, run in runs.items():
-                value = work(run, asked)
-                if repeat:
-                    found[own].append(value)
-        return found
-
-    weights = sum(tensor.nbytes for tensor in steady.model.state_dict().values())
-    floor = weights / read_rate()
-    print(f"weights {weights / 1e9:.2f} GB, read once in {floor * 1000:.1f} ms: at most {1 / floor:.1f} tokens/s alone", flush=True)
-
-    def decoding(run: Run, asked: list[list[int]]) -> float:
-        return (args.output - 1) / (seconds(run, asked, args.output) - seconds(run, asked, 1))
-
-    def throughput(run: Run, asked: list[list[int]]) -> float:
-        return len(asked) * args.output / seconds(run, asked, args.output)
-
-    told(f"prefill of {args.prompt}", "tokens/s", rounds(lambda run, asked: args.prompt / seconds(run, asked, 1), 1, args.prompt))
-    alone = rounds(decoding, 1, args.prompt)
-    told("one stream", "tokens/s", alone, f", {statistics.median(alone['lineshaft']) * floor:.0%} of the floor reached")
-    told(f"{args.batch} requests at once", "output tokens/s", rounds(throughput, args.batch, args.prompt))
-    told_prefix(args, engine(scheduler={"start_batch": args.batch}), prompts)
-    about = machine()
-    print(f"torch {about['torch']}, {torch.get_num_threads()} threads, {about['processor']}, {args.dtype}")
-
-
-def told_prefix(args: argparse.Namespace, engine: Engine, prompts: Callable[[int, int], list[list[int]]]) -> None:
+def prefix_line(contest: Contest, workload: Workload, rounds: int) -> str | None:
     """Time to the first token of a prompt whose beginning is in the cache, and of one whose is not."""
-    run, found = ours(engine), {"miss": [], "hit": []}
-    for _ in range(args.repeats):
-        (beginning,) = prompts(1, args.shared)
-        ends = prompts(2, 32)
-        found["miss"].append(seconds(run, [beginning + ends[0]], 1))
-        found["hit"].append(seconds(run, [beginning + ends[1]], 1))
-    told(f"first token after {args.shared} shared + 32 own tokens", "s", found)
+    sharing = next((one for one in contest.contestants if one.name == SHARING), None)
+    if sharing is None:
+        return None
+    found: dict[str, list[float]] = {"miss": [], "hit": []}
+    for number in range(rounds + 1):
+        beginning = contest.prompts(workload.long // 2)
+        for kind in found:
+            taken, _ = sharing.ask([beginning + contest.prompts(32)], [1], {})
+            found[kind] += [1000 * taken] if number else []  # the first warms up
+    miss, hit = (Figure(values, False) for values in found.values())
+    ratio = miss.median / hit.median
+    return f"first token after {workload.long // 2} shared and 32 own tokens, ms: miss {miss.told()}; hit {hit.told()} ratio {ratio:.2f}"
+
+
+def last_line(contest: Contest, decode: Figure, weights: int, rate: float, threads: int) -> str:
+    about, share = machine(), decode.median * weights / rate
+    versions = {key: value for one in contest.contestants for key, value in one.told["versions"].items()}
+    return (
+        f"{', '.join(f'{key} {value}' for key, value in versions.items())}; {about['processor']}, {threads} threads; reads "
+        f"{rate / 1e9:.1f} GB/s, a token {weights / 1e9:.2f} GB: decoding reaches {share:.0%} of {rate / weights:.1f} tokens/s"
+    )
+
+
+def main() -> int:
+    asked = arguments()
+    workload, rounds = (QUICK, 1) if asked.quick else (Workload(), asked.rounds)
+    torch.set_num_threads(asked.threads)
+    with folder_of(asked.folder) as folder:
+        config = read_config(folder)
+        found = precision_of(config)
+        if asked.precision not in (None, found):
+            print(f"{folder} holds {found} weights, not {asked.precision}: name a folder in that precision", file=sys.stderr)
+            return 2
+        weights, prompts = read_bytes(folder, config), random_prompts(config["vocab_size"])
+        with Contest(contestants(asked, folder, found == "bf16", workload), prompts) as contest:
+            measure(contest, workload, rounds)
+            return report(asked, contest, workload, rounds, weights, found)
+
+
+def report(asked: argparse.Namespace, contest: Contest, workload: Workload, rounds: int, weights: int, precision: str) -> int:
+    if not any(one.name == OURS for one in contest.contestants):
+        return 1
+    rate = read_rate()
+    table, prefix = lines(contest, workload), prefix_line(contest, workload, rounds)
+    for one in contest.contestants:
+        print(f"{one.name}: {one.told['about']}")
+    for line in table:
+        print(line.told())
+    if prefix:
+        print(prefix)
+    print(last_line(contest, table[2].found[OURS], weights, rate, asked.threads))
+    if said := contest.disturbance():
+        print(said)
+    if asked.json:
+        about = {"threads": asked.threads, "precision": precision, "workload": asdict(workload)}
+        contest.record(asked.json, **about, read_bytes_a_second=rate, weight_bytes_a_token=weights)
+    return 1 if contest.failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
