@@ -13,7 +13,7 @@ import yaml
 from tiny_line import DEEPSEEK, LLAMA, environment, recipe
 from typer.testing import CliRunner
 
-from lineshaft.base.errors import LineshaftError
+from lineshaft.base.errors import ConfigError, LineshaftError
 from lineshaft.cli.main import app
 from lineshaft.compress import preflight as compress_preflight
 from lineshaft.engine import preflight as engine_preflight
@@ -87,6 +87,21 @@ def test_the_json_holds_the_exact_figures(billion: Path) -> None:
     with steady():
         origins = chosen("cpu")
     assert shown["kernels"] == {op: origins[op] for op in ops_used(config, "dense", "serve", library() is not None)}
+
+
+@pytest.mark.skipif(library() is None, reason="no native kernels here")
+def test_a_cache_in_8_bits_is_counted_and_refused_where_nothing_reads_it(billion: Path) -> None:
+    whole, half = (
+        json.loads(check(billion, "--memory", "64GiB", "--batch", "4", "--set", "engine.cache_bytes=60000000000",
+                         "--set", f"engine.cache_dtype={held}", "--json")[1])
+        for held in ("auto", "int8")
+    )  # fmt: skip
+    assert half["memory"]["cache pages"] / whole["memory"]["cache pages"] == 66 / 128
+    assert half["kv_bytes_per_token"]["int8"] == 16 * 2 * 8 * 66
+    assert set(half["kernels"]) - set(whole["kernels"]) == {"coded_attention", "write_codes"}
+    code, told = check(billion, "--set", "engine.cache_dtype=int8", "--set", "engine.batch_invariant=false")
+    assert code == ConfigError.exit_code
+    assert "need engine.batch_invariant=true" in told
 
 
 def short_of(peak: int, mebibytes: int) -> str:

@@ -19,7 +19,7 @@ from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.config import GroupedQueryAttention, LatentAttention
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.memory import Stored
-from lineshaft.ops.isa import library
+from lineshaft.ops.isa import FORCE, library
 from lineshaft.sched.request import Ask, Emitted, PromptScored, Sampling
 from lineshaft.serve.loading import loaded
 
@@ -152,7 +152,8 @@ def refused(model: Decoder, config: EngineConfig, message: str, folder: Path) ->
 
 
 @pytest.mark.usefixtures("pytorch_alone")
-def test_without_native_kernels_it_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+def test_without_native_kernels_it_is_refused(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FORCE, raising=False)
     refused(tiny("llama"), INT8, "native kernels are not installed: install", tmp_path)
 
 

@@ -17,6 +17,8 @@ from lineshaft.evaluate import stage
 from lineshaft.evaluate.speed import Speed, SpeedConfig
 from lineshaft.evaluate.stage import EVALUATE, EvaluateConfig
 from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
+from lineshaft.ops.entries import entry_bytes
+from lineshaft.ops.isa import library
 from lineshaft.records.report import read_report
 from lineshaft.records.tokens import TokenStream
 
@@ -76,6 +78,20 @@ def test_cache_bytes_are_those_of_the_engine_that_serves(
     attention = letter_line.TINY.attention
     assert attention.kind == "mla"
     assert report.metrics["kv_bytes_per_token"] == 2 * (attention.kv_lora_rank + attention.qk_rope_head_dim) * size
+
+
+@pytest.mark.skipif(library() is None, reason="no native kernels here")
+@pytest.mark.usefixtures("quick")
+def test_a_cache_in_8_bits_is_counted_and_noted(store: Store, parents: dict[str, Artifact]) -> None:
+    config = CONFIG.model_copy(update={"engine": EngineConfig(cache_dtype="int8")})
+    report, _ = read_report(EVALUATE(store, config, **parents))
+    attention = letter_line.TINY.attention
+    assert attention.kind == "mla"
+    assert report.metrics["kv_bytes_per_token"] == 2 * entry_bytes(attention.kv_lora_rank + attention.qk_rope_head_dim)
+    assert "Speed is that of a cache in 8 bits; quality is computed without a cache." in report.notes
+    refused = config.model_copy(update={"engine": EngineConfig(cache_dtype="int8", batch_invariant=False)})
+    with pytest.raises(ConfigError, match="cache_dtype=int8"):
+        EVALUATE(store, refused, **parents)
 
 
 def test_tokens_of_another_tokenizer_are_refused(store: Store, parents: dict[str, Artifact]) -> None:
