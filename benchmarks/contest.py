@@ -202,9 +202,9 @@ def others_seconds(group: int) -> float:
 class Contest:
     """Contestants and everything that was measured of them. A context: on leaving no process is left."""
 
-    def __init__(self, contestants: list[Contestant], prompts: Callable[[int], list[int]]) -> None:
-        """`prompts`: new random ids, so many."""
-        self.contestants, self.prompts = contestants, prompts
+    def __init__(self, contestants: list[Contestant], prompts: Callable[[int], list[int]], needed: str | None = None) -> None:
+        """`prompts`: new random ids, so many. `needed`: without whom all ends, since nothing is left to compare with."""
+        self.contestants, self.prompts, self.needed = contestants, prompts, needed
         self.samples: list[Sample] = []
         self.failures: list[str] = []
 
@@ -271,6 +271,8 @@ class Contest:
             print(f"FAILED {error}", file=sys.stderr, flush=True)
             contestant.end()
             self.contestants.remove(contestant)
+            if contestant.name == self.needed:
+                raise SystemExit(1) from error
 
 
 @dataclass(frozen=True)
