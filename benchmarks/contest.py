@@ -90,15 +90,15 @@ class Contestant:
         self.process: subprocess.Popen[str] | None = None
 
     def check(self) -> None:
-        """Is the engine there? Takes no time, so it is asked of all before the first is loaded. Raises Failed."""
+        """Are the engine and what it is to read there? Takes no time, so it is asked of all before the first is loaded. Raises Failed."""
+        if not Path(self.options.folder).exists():
+            raise Failed(f"{self.name}: there is no {self.options.folder}")
         self._spawn(only_try=True)
         self._close()
 
     def start(self) -> None:
         """Load, then stand still. Raises Failed."""
         path = Path(self.options.folder)
-        if not path.exists():
-            raise Failed(f"{self.name}: there is no {path}")
         files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in {".safetensors", ".bin"}]
         for file in files:
             read_once(file)
