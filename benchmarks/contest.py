@@ -90,15 +90,15 @@ class Contestant:
         self.process: subprocess.Popen[str] | None = None
 
     def check(self) -> None:
-        """Is the engine there? Takes no time, so it is asked of all before the first is loaded. Raises Failed."""
+        """Are the engine and what it is to read there? Takes no time, so it is asked of all before the first is loaded. Raises Failed."""
+        if not Path(self.options.folder).exists():
+            raise Failed(f"{self.name}: there is no {self.options.folder}")
         self._spawn(only_try=True)
         self._close()
 
     def start(self) -> None:
         """Load, then stand still. Raises Failed."""
         path = Path(self.options.folder)
-        if not path.exists():
-            raise Failed(f"{self.name}: there is no {path}")
         files = [path] if path.is_file() else [file for file in path.iterdir() if file.suffix in {".safetensors", ".bin"}]
         for file in files:
             read_once(file)
@@ -202,9 +202,9 @@ def others_seconds(group: int) -> float:
 class Contest:
     """Contestants and everything that was measured of them. A context: on leaving no process is left."""
 
-    def __init__(self, contestants: list[Contestant], prompts: Callable[[int], list[int]]) -> None:
-        """`prompts`: new random ids, so many."""
-        self.contestants, self.prompts = contestants, prompts
+    def __init__(self, contestants: list[Contestant], prompts: Callable[[int], list[int]], needed: str | None = None) -> None:
+        """`prompts`: new random ids, so many. `needed`: without whom all ends, since nothing is left to compare with."""
+        self.contestants, self.prompts, self.needed = contestants, prompts, needed
         self.samples: list[Sample] = []
         self.failures: list[str] = []
 
@@ -271,6 +271,8 @@ class Contest:
             print(f"FAILED {error}", file=sys.stderr, flush=True)
             contestant.end()
             self.contestants.remove(contestant)
+            if contestant.name == self.needed:
+                raise SystemExit(1) from error
 
 
 @dataclass(frozen=True)

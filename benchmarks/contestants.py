@@ -13,6 +13,7 @@ import ctypes
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -249,6 +250,9 @@ def main():
 
     if kind.module and util.find_spec(kind.module) is None:
         say(missing=f"{sys.executable} has no module {kind.module}")
+        return
+    if options["program"] and shutil.which(options["program"]) is None:
+        say(missing=f"there is no program {options['program']}")
         return
     if options.get("only_try"):
         say()

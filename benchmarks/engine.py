@@ -168,14 +168,12 @@ def main() -> int:
             print(f"{folder} holds {found} weights, not {asked.precision}: name a folder in that precision", file=sys.stderr)
             return 2
         weights, prompts = read_bytes(folder, config), random_prompts(config["vocab_size"])
-        with Contest(contestants(asked, folder, found == "bf16", workload), prompts) as contest:
+        with Contest(contestants(asked, folder, found == "bf16", workload), prompts, OURS) as contest:
             measure(contest, workload, rounds)
             return report(asked, contest, workload, rounds, weights, found)
 
 
 def report(asked: argparse.Namespace, contest: Contest, workload: Workload, rounds: int, weights: int, precision: str) -> int:
-    if not any(one.name == OURS for one in contest.contestants):
-        return 1
     rate = read_rate()
     table, prefix = lines(contest, workload), prefix_line(contest, workload, rounds)
     for one in contest.contestants:
