@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,9 +76,18 @@ def leave_rest() -> None:
         _stock = None
 
 
-def weight_bytes(folder: Path) -> int:
-    """About how much a checkpoint's weights will take: the size of its files."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def expect(folder: Path) -> None:
+    """Have the system read a checkpoint's files, and make as much memory ready, while this process does something else.
+
+    What can't be read is left for loading to complain about.
+    """
+    with suppress(OSError):
+        files = list(folder.glob("*.safetensors"))
+        for path in files:
+            with path.open("rb") as file:
+                if hasattr(os, "posix_fadvise"):  # not on macOS
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        make_ready(sum(path.stat().st_size for path in files))
 
 
 def huge(size: int) -> mmap.mmap:

@@ -25,7 +25,7 @@ import msgspec
 
 from lineshaft.base.config import load as load_config
 from lineshaft.base.errors import LineshaftError, RequestError
-from lineshaft.base.pages import leave_rest, make_ready, weight_bytes
+from lineshaft.base.pages import expect, leave_rest
 from lineshaft.base.terminal import say
 from lineshaft.engine.config import EngineConfig
 from lineshaft.sched.load import Load
@@ -144,10 +144,11 @@ def _next(channel: Channel) -> ToEngine | None:
 
 def load_engine(orders: Orders) -> tuple[Engine, Ready]:
     """The engine that was ordered, warm. Raises what loading raises: DoesNotFit, ModelError, ConfigError."""
-    make_ready(weight_bytes(Path(orders.folder)))  # while `import_engine` is at it
+    folder = Path(orders.folder)
+    expect(folder)  # while `import_engine` is at it
     from lineshaft.serve import loading  # waits for it
 
-    return loading.loaded(Path(orders.folder), load_config(EngineConfig, orders.engine))
+    return loading.loaded(folder, load_config(EngineConfig, orders.engine))
 
 
 def _settled(loaded: tuple[Engine, Ready]) -> tuple[Engine, Ready]:
