@@ -246,6 +246,11 @@ class Contest:
         whole = {"machine": machine(), **about, "failures": self.failures, "contestants": told, "samples": samples}
         file.write_text(json.dumps(whole, indent=1) + "\n")
 
+    def versions(self) -> str:
+        """Of all; where two interpreters differ, both."""
+        found = (f"{package} {version}" for one in self.contestants for package, version in one.told["versions"].items())
+        return ", ".join(dict.fromkeys(found))
+
     def disturbance(self) -> str | None:
         """For people; None when nothing disturbed."""
         count = sum(sample.disturbed for sample in self.samples)

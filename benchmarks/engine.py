@@ -150,9 +150,8 @@ def prefix_line(contest: Contest, workload: Workload, rounds: int) -> str | None
 
 def last_line(contest: Contest, decode: Figure, weights: int, rate: float, threads: int) -> str:
     about, share = machine(), decode.median * weights / rate
-    versions = {key: value for one in contest.contestants for key, value in one.told["versions"].items()}
     return (
-        f"{', '.join(f'{key} {value}' for key, value in versions.items())}; {about['processor']}, {threads} threads; reads "
+        f"{contest.versions()}; {about['processor']}, {threads} threads; reads "
         f"{rate / 1e9:.1f} GB/s, a token {weights / 1e9:.2f} GB: decoding reaches {share:.0%} of {rate / weights:.1f} tokens/s"
     )
 

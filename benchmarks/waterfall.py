@@ -172,8 +172,7 @@ def report(asked: argparse.Namespace, contest: Contest, rungs: list[Rung], workl
         return 1
     for line in lines(table):
         print(line)
-    versions = {key: value for one in contest.contestants for key, value in one.told["versions"].items()}
-    print(f"{', '.join(f'{key} {value}' for key, value in versions.items())}; {machine()['processor']}, {asked.threads} threads")
+    print(f"{contest.versions()}; {machine()['processor']}, {asked.threads} threads")
     if said := contest.disturbance():
         print(said)
     if asked.plot:
