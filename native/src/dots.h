@@ -135,51 +135,42 @@ struct DotW4 {
 };
 
 #ifdef LINESHAFT_DOT_BF16
-/// 8-bit weights, taken as signed, and bf16 activations: four inputs a row, as two pairs.
-struct DotW8Pairs {
+/// Coded weights that become N pairs of bf16 a row, and bf16 activations.
+template <int N>
+struct DotCodedPairs {
     using Acc = Lanes::F;
-    struct Two { Lanes::I pairs[2]; };
-    using W = Two;
-    using A = Two;
-    static constexpr int kWords = 2;
+    struct Pairs { Lanes::I pairs[N]; };
+    using W = Pairs;
+    using A = Pairs;
+    static constexpr int kWords = N;
     static constexpr bool kWhole = false;
-    static constexpr int kInputs = 4;
     static Acc zero() { return Lanes::set1(0.0f); }
+    static A spread(const uint32_t* a, int step) {
+        A r;
+        for (int j = 0; j < N; j++) r.pairs[j] = Lanes::set1_int(int32_t(word_at(a + j * step)));
+        return r;
+    }
+    static Acc dot(Acc acc, const W& w, const A& a) {
+        for (int j = 0; j < N; j++) acc = Lanes::dot_pairs(acc, w.pairs[j], a.pairs[j]);
+        return acc;
+    }
+};
+
+/// 8-bit weights, taken as signed: four inputs a row.
+struct DotW8Pairs : DotCodedPairs<2> {
     static W weights(const uint8_t* p) {
         const auto all = Lanes::xor_int(Lanes::load_int(p), Lanes::set1_int(int32_t(0x80808080)));  // code - 128
         return {{Lanes::pair(Lanes::template signed_byte<0>(all), Lanes::template signed_byte<1>(all)),
                  Lanes::pair(Lanes::template signed_byte<2>(all), Lanes::template signed_byte<3>(all))}};
     }
-    static A spread(const uint32_t* a, int step) { return {{Lanes::set1_int(int32_t(word_at(a))), Lanes::set1_int(int32_t(word_at(a + step)))}}; }
-    static Acc dot(Acc acc, const W& w, const A& a) {
-        for (int j = 0; j < 2; j++) acc = Lanes::dot_pairs(acc, w.pairs[j], a.pairs[j]);
-        return acc;
-    }
 };
 
-/// 4-bit weights, taken as code - 8, and bf16 activations: eight inputs a row, as pairs of inputs 0 and 2, 1 and 3, 4 and 6, 5 and 7.
-struct DotW4Pairs {
-    using Acc = Lanes::F;
-    struct Four { Lanes::I pairs[4]; };
-    using W = Four;
-    using A = Four;
-    static constexpr int kWords = 4;
-    static constexpr bool kWhole = false;
-    static constexpr int kInputs = 8;
-    static Acc zero() { return Lanes::set1(0.0f); }
+/// 4-bit weights, taken as code - 8: eight inputs a row, as pairs of inputs 0 and 2, 1 and 3, 4 and 6, 5 and 7.
+struct DotW4Pairs : DotCodedPairs<4> {
     static W weights(const uint8_t* p) {
         const auto all = Lanes::load_int(p);
         return {{Lanes::template nibble_pairs<0>(all), Lanes::template nibble_pairs<8>(all), Lanes::template nibble_pairs<4>(all),
                  Lanes::template nibble_pairs<12>(all)}};
-    }
-    static A spread(const uint32_t* a, int step) {
-        A r;
-        for (int j = 0; j < 4; j++) r.pairs[j] = Lanes::set1_int(int32_t(word_at(a + j * step)));
-        return r;
-    }
-    static Acc dot(Acc acc, const W& w, const A& a) {
-        for (int j = 0; j < 4; j++) acc = Lanes::dot_pairs(acc, w.pairs[j], a.pairs[j]);
-        return acc;
     }
 };
 #endif

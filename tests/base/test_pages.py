@@ -60,11 +60,17 @@ def test_more_than_half_of_what_is_left_is_not_made_ready(monkeypatch):
 def test_what_is_expected_and_cannot_be_read_is_left_for_loading_to_complain_about(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(pages, "make_ready", made.append)
-    pages.expect(tmp_path / "nothing")
+    pages.expect(tmp_path / "nothing", copied=True)
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     (tmp_path / "model-2.safetensors").write_bytes(bytes(500))
-    pages.expect(tmp_path)
+    pages.expect(tmp_path, copied=True)
     assert made == [0, 1500]
     (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
-    pages.expect(tmp_path)
+    pages.expect(tmp_path, copied=True)
     assert made == [0, 1500]
+
+
+def test_no_memory_is_made_ready_for_what_stays_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "make_ready", lambda _: pytest.fail("made ready"))
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    pages.expect(tmp_path, copied=False)

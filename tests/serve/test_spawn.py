@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
+from lineshaft.base.errors import EngineError
 from lineshaft.serve import spawn
 from lineshaft.serve.frames import Failed, Frames, Orders, ToServer, framed
 
@@ -20,6 +23,16 @@ def test_the_process_started_ahead_is_given_once_and_the_next_one_is_new(monkeyp
         assert spawned.process.poll() is None
         spawned.connection.close()
         assert spawned.process.wait(20) == 0  # it ends with its connection
+
+
+def test_what_fails_ahead_is_told_when_the_process_is_taken(monkeypatch):
+    def refused():
+        raise EngineError("no more processes")
+
+    monkeypatch.setattr(spawn, "spawn", refused)
+    spawn.spawn_ahead()
+    with pytest.raises(EngineError, match="no more processes"):
+        spawn.taken()
 
 
 def test_it_ends_with_a_server_that_dies_before_it_gives_orders():

@@ -76,8 +76,8 @@ def leave_rest() -> None:
         _stock = None
 
 
-def expect(folder: Path) -> None:
-    """Have the system read a checkpoint's files, and make as much memory ready, while this process does something else.
+def expect(folder: Path, copied: bool) -> None:
+    """Have the system read a checkpoint's files while this process does something else, and make as much memory ready if they are `copied`.
 
     What can't be read is left for loading to complain about.
     """
@@ -87,7 +87,8 @@ def expect(folder: Path) -> None:
             with path.open("rb") as file:
                 if hasattr(os, "posix_fadvise"):  # not on macOS
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        make_ready(sum(path.stat().st_size for path in files))
+        if copied:
+            make_ready(sum(path.stat().st_size for path in files))
 
 
 def huge(size: int) -> mmap.mmap:

@@ -10,7 +10,7 @@ from lineshaft.model.linear import Linear
 from lineshaft.model.mla import MlaBlock
 from lineshaft.model.moe import OutputGate, Router
 from lineshaft.ops.isa import library
-from lineshaft.ops.packed import packed_of
+from lineshaft.ops.packed import Packed, PackedHeads, packed_of
 
 
 def pack(model: Decoder) -> None:
@@ -36,9 +36,9 @@ def pack(model: Decoder) -> None:
 def leave_file(model: Decoder) -> None:
     """Copy what is not packed, so that nothing points into the checkpoint's mapping any more and the system takes its pages back.
 
-    Without native kernels nothing is packed, and the mapping is the only copy there is.
+    Not where layers stay as they are stored (FP8, or no native kernels): the mapping is the only copy of them, and may leave memory.
     """
-    if library() is None:
+    if not all(isinstance(linear.format, Packed | PackedHeads) for linear in model.linears().values()):
         return
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()

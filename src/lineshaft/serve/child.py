@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
+import importlib.util
 import os
 import select
 import signal
@@ -145,10 +145,16 @@ def _next(channel: Channel) -> ToEngine | None:
 def load_engine(orders: Orders) -> tuple[Engine, Ready]:
     """The engine that was ordered, warm. Raises what loading raises: DoesNotFit, ModelError, ConfigError."""
     folder = Path(orders.folder)
-    expect(folder)  # while `import_engine` is at it
+    expect(folder, copied=_packs(orders))  # while `import_engine` is at it
     from lineshaft.serve import loading  # waits for it
 
     return loading.loaded(folder, load_config(EngineConfig, orders.engine))
+
+
+def _packs(orders: Orders) -> bool:
+    """Will weights be laid out anew (engine/packing.py)? As far as that can be told without torch."""
+    native = importlib.util.find_spec("lineshaft._native") is not None and os.environ.get("LINESHAFT_ISA") != "none"
+    return native and bool(orders.engine.get("batch_invariant", True))
 
 
 def _settled(loaded: tuple[Engine, Ready]) -> tuple[Engine, Ready]:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lineshaft.base.errors import EngineError
@@ -45,9 +46,13 @@ def spawn(command: Sequence[str] = COMMAND) -> Spawned:
 
 
 def spawn_ahead() -> None:
-    """Start the process that `taken` will give, while there is still something else to do. To be called once, in the main thread."""
+    """Start the process that `taken` will give, while there is still something else to do. To be called once, in the main thread.
+
+    Where that fails `taken` tries again, and its error is told.
+    """
     global _ahead  # noqa: PLW0603 # of this process
-    _ahead = spawn()
+    with suppress(EngineError):
+        _ahead = spawn()
 
 
 def taken() -> Spawned:
