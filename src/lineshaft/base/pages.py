@@ -1,7 +1,7 @@
 """Memory in huge pages, and some of it made ready before it is wanted.
 
 The system gives memory when it is first touched. In a virtual machine whose host has taken unused memory back that was
-measured at 1 to 2 s a GiB, a hundred times what filling it takes. So a process that will need so much can have it
+measured at 0.5 to 2 s a GiB, 13 to 50 times what writing it again takes. So a process that will need so much can have it
 touched while it still imports its libraries.
 """
 
