@@ -53,6 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON[:PATH]", help=", ".join(PEERS))
     parser.add_argument("--no-transformers", action="store_true")
     parser.add_argument("--own", action="store_true", help="ours also with batch_invariant=false, and with its prefix cache")
+    parser.add_argument("--engine", action="append", default=[], metavar="NAME=VALUE", help="a setting of our engine, as activations=int8")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=machine()["cores"])
     parser.add_argument("--cache-gib", type=int, default=1, help="of each engine")
@@ -71,7 +72,8 @@ def arguments() -> argparse.Namespace:
 def contestants(asked: argparse.Namespace, folder: Path, dense: bool, workload: Workload) -> list[Contestant]:
     dtype = "bfloat16" if dense else None
     base = Options(str(folder.resolve()), dtype, asked.threads, asked.cache_gib, workload.context, workload.requests)
-    made = [Contestant(OURS, "lineshaft", sys.executable, base)]
+    engine = {name: value for name, _, value in (text.partition("=") for text in asked.engine)}
+    made = [Contestant(OURS, "lineshaft", sys.executable, replace(base, engine=engine))]
     if asked.own:
         loose = {"batch_invariant": False, "scheduler": {"prefix_cache": False}}
         made.append(Contestant(LOOSE, "lineshaft", sys.executable, replace(base, engine=loose)))

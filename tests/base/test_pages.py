@@ -74,3 +74,11 @@ def test_no_memory_is_made_ready_for_what_stays_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "make_ready", lambda _: pytest.fail("made ready"))
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     pages.expect(tmp_path, copied=False)
+
+
+@linux
+def test_small_places_share_memory_and_so_lie_in_huge_pages():
+    first, second = pages.place(pages.HUGE // 2), pages.place(pages.HUGE // 2)
+    assert first.memory is second.memory
+    assert first.offset + pages.HUGE // 2 <= second.offset
+    assert pages.place(pages.SHARED).memory is not first.memory

@@ -16,8 +16,10 @@ from lineshaft.engine.config import EngineConfig
 from lineshaft.evaluate import stage
 from lineshaft.evaluate.speed import Speed, SpeedConfig
 from lineshaft.evaluate.stage import EVALUATE, EvaluateConfig
+from lineshaft.model.adopt import ADOPT, AdoptConfig
 from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
 from lineshaft.ops.entries import entry_bytes
+from lineshaft.ops.formats import Integer
 from lineshaft.ops.isa import library
 from lineshaft.records.report import read_report
 from lineshaft.records.tokens import TokenStream
@@ -92,6 +94,22 @@ def test_a_cache_in_8_bits_is_counted_and_noted(store: Store, parents: dict[str,
     refused = config.model_copy(update={"engine": EngineConfig(cache_dtype="int8", batch_invariant=False)})
     with pytest.raises(ConfigError, match="cache_dtype=int8"):
         EVALUATE(store, refused, **parents)
+
+
+@pytest.mark.usefixtures("quick")
+def test_quality_is_that_of_the_activations_that_serve(store: Store, parents: dict[str, Artifact], tmp_path: Path) -> None:
+    folder = tmp_path / "coded"
+    model = load_checkpoint(parents["checkpoint"].root)
+    for linear in model.linears().values():
+        linear.recode(Integer(8))
+    save_checkpoint(model, folder, parents["checkpoint"].root)
+    coded = ADOPT(store, AdoptConfig(folder=str(folder)))
+    losses = []
+    for activations in ("auto", "int8"):
+        config = CONFIG.model_copy(update={"engine": EngineConfig(activations=activations)})
+        report, _ = read_report(EVALUATE(store, config, checkpoint=coded, tokens=parents["tokens"]))
+        losses.append(report.metrics["loss_nats_per_token"])
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_tokens_of_another_tokenizer_are_refused(store: Store, parents: dict[str, Artifact]) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 from lineshaft.base.machine import available_memory_bytes
 
 HUGE = 2 << 20
+SHARED = 64 << 20
+"""Bytes of a mapping that small places share; what nobody took of it is never touched."""
 _LINE = 64
 """Bytes of a cache line, at whose multiples places begin."""
 _POPULATE_WRITE = 23
@@ -61,9 +63,17 @@ def make_ready(size: int) -> None:
 
 
 def place(size: int) -> Place:
-    """Bytes that nobody else has, zero: of what was made ready, or new ones."""
-    found = _stock.take(size) if _stock is not None else None
-    return found or Place(huge(max(size, 1)), 0)
+    """Bytes that nobody else has, zero: of what was made ready, else new ones; small places share a mapping, so they, too, have huge pages."""
+    global _stock  # noqa: PLW0603 # of this process
+    if _stock is not None and (found := _stock.take(size)):
+        return found
+    if size > SHARED // 4:
+        return Place(huge(size), 0)
+    leave_rest()
+    _stock = _Stock(SHARED)
+    found = _stock.take(size)
+    assert found is not None
+    return found
 
 
 def leave_rest() -> None:

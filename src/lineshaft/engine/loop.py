@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from lineshaft.base.errors import RequestError, TooLong
+from lineshaft.engine.activations import rounding
 from lineshaft.engine.cache import PagedCache
 from lineshaft.engine.cache_dtype import cache_dtype
 from lineshaft.engine.config import EngineConfig
@@ -42,6 +43,7 @@ class Engine:
         """`clock`: seconds; decides only how long a request has waited."""
         self.config, self._clock = config, clock
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+        model = rounding(model, config)
         self.model = model = packed_copy(model) if config.batch_invariant else model
         pool = pool_of(model.config, config, dtype)
         self.context_tokens = pool.context_tokens
@@ -60,6 +62,7 @@ class Engine:
         config = check_room(folder, config)
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         model = load_checkpoint(folder, dtype=dtype, dequantise=config.dequantise, active_experts=config.active_experts)
+        model = rounding(model, config)
         if config.batch_invariant:
             pack(model)
             leave_file(model)

@@ -13,6 +13,7 @@ from lineshaft.base.errors import BadCheckpoint, ConfigError
 from lineshaft.base.machine import machine
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Artifact, Draft
+from lineshaft.engine.activations import rounding
 from lineshaft.engine.cache import page_bytes
 from lineshaft.engine.cache_dtype import cache_dtype
 from lineshaft.engine.config import EngineConfig
@@ -57,7 +58,7 @@ def _build(draft: Draft, config: EvaluateConfig) -> None:
     contract.check_folder(checkpoint.root)
     _check_room(load_config(checkpoint.root), tokens, config)
     cache_dtype(load_config(checkpoint.root), config.engine, _dtype(checkpoint, config.engine))  # raises before anything is scored
-    model = load_checkpoint(checkpoint.root, dtype=torch.float32, active_experts=config.engine.active_experts)
+    model = rounding(load_checkpoint(checkpoint.root, dtype=torch.float32, active_experts=config.engine.active_experts), config.engine)
     heldout = TokenStream(tokens, "heldout")
     prompts = _prompts(heldout, config.speed)
     text = HeldOut(RowReader(heldout, config.sequence_tokens), _bytes_of_token(checkpoint), config.max_tokens)

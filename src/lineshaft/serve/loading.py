@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from lineshaft.engine import cache_dtype
+from lineshaft.engine import activations, cache_dtype
 from lineshaft.engine.cache import page_bytes
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
@@ -34,6 +34,7 @@ def loaded(folder: Path, config: EngineConfig) -> tuple[Engine, Ready]:
     timing = f"loaded in {loaded_at - began:.1f} s, warm {time.monotonic() - loaded_at:.1f} s later"
     step = engine.runner.native
     held = [cache_dtype.told(model.config)] if cache.coded else []
+    held += [activations.told(model)] if config.activations != "auto" else []
     lines = [describe(), *([step.told()] if step else []), *held, f"kernels: {kernels}", told(same), timing]
     ready = Ready(
         context_tokens=engine.context_tokens,
