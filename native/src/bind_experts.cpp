@@ -40,7 +40,7 @@ void by_head(int kind, int64_t inputs, int64_t outputs, uintptr_t weight, int ac
         const int groups = int(shape.groups());
         const auto own = team::share(heads * groups, part, parts);
         for (int64_t i = own.first; i < own.last; i++) chosen->linear(of_head(now, i / groups), scratch_of(now, i / groups), int(i % groups), groups);
-    });
+    }, {at<const uint8_t>(weight), heads * shape.bytes()});
 }
 
 /// Rows of two tensors side by side. Sizes and strides in bytes; a token has `heads` rows.

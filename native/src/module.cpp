@@ -48,7 +48,7 @@ void linear(int kind, int64_t inputs, int64_t outputs, int64_t scale_inputs, boo
         Linear own = l;
         own.tokens = now;
         chosen->linear(own, step::scratch(), part, parts);
-    });
+    }, {l.weight, l.shape.bytes()});
     if (out != x) step::left(packed);
 }
 

@@ -1,5 +1,6 @@
 #include "step.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -23,24 +24,42 @@ Contents contents = {};
 
 constexpr int64_t kFew = 8192;     // numbers that one thread has done before another has heard of them
 constexpr int kPartsAThread = 4;  // so that one that is slower, or held up, does fewer
+constexpr int kMostThreads = 64;
+constexpr int64_t kAskedFor = 128 << 10;  // bytes, a part of the second cache
+constexpr int kLines = 4;                 // asked for between two looks at the others
 
-struct alignas(64) State {
-    std::atomic<int> taken{0}, done{0};
-    void clear() { taken.store(0, std::memory_order_relaxed), done.store(0, std::memory_order_relaxed); }
+struct alignas(64) Lane {
+    std::atomic<int> taken{0};
 };
 
-void take_part(const Call& call, int64_t tokens, State& state) {
-    const int parts = call.parts(tokens);
-    for (int part; (part = state.taken.fetch_add(1, std::memory_order_relaxed)) < parts;) {
-        call.work(tokens, part, parts);
-        state.done.fetch_add(1, std::memory_order_release);
+struct alignas(64) State {
+    std::atomic<int> done{0};
+    Lane lanes[kMostThreads];
+    void clear(int threads) {
+        done.store(0, std::memory_order_relaxed);
+        for (int i = 0; i < threads; i++) lanes[i].taken.store(0, std::memory_order_relaxed);
     }
+};
+
+void take_parts(const Call& call, int64_t tokens, State& state, int thread, const Stream& next) {
+    const int parts = call.parts(tokens), lanes = parts > 1 ? wanted_threads : 1, own = parts / lanes;
+    for (int i = 0; i < lanes; i++) {
+        const int lane = (thread + i) % lanes;
+        for (int place; (place = state.lanes[lane].taken.fetch_add(1, std::memory_order_relaxed)) < own;) {
+            call.work(tokens, lane * own + place, parts);
+            state.done.fetch_add(1, std::memory_order_release);
+        }
+    }
+    const uint8_t* from = next.from + next.bytes * thread / wanted_threads;
+    const int64_t wanted = std::min(kAskedFor, next.bytes / wanted_threads);
+    for (int64_t asked = 0; asked < wanted && state.done.load(std::memory_order_acquire) < parts; asked += kLines * 64)
+        for (int line = 0; line < kLines; line++) __builtin_prefetch(from + asked + line * 64, 0, 2);
     team::wait(state.done, parts);
 }
 
 }  // namespace
 
-void set_threads(int count) { wanted_threads = team::shared() ? count : 1; }
+void set_threads(int count) { wanted_threads = team::shared() ? std::min(count, kMostThreads) : 1; }
 int threads() { return wanted_threads; }
 
 int Call::parts(int64_t tokens) const { return tokens * size <= kFew ? 1 : kPartsAThread * wanted_threads; }
@@ -49,10 +68,18 @@ void Step::run(int64_t tokens) const {
     if (tokens <= 0) return;
     static std::vector<State> states;  // one step runs at a time: the engine's thread is the only caller
     if (states.size() < calls_.size()) states = std::vector<State>(calls_.size());
-    for (size_t i = 0; i < calls_.size(); i++) states[i].clear();
-    team::each(wanted_threads, [&](int, int) {
-        for (size_t i = 0; i < calls_.size(); i++) take_part(calls_[i], tokens, states[i]);
+    for (size_t i = 0; i < calls_.size(); i++) states[i].clear(wanted_threads);
+    team::each(wanted_threads, [&](int thread, int) {
+        for (size_t i = 0; i < calls_.size(); i++) take_parts(calls_[i], tokens, states[i], thread, streams_[i]);
     });
+}
+
+void Step::note(Call call) {
+    calls_.push_back(std::move(call));
+    const size_t count = calls_.size();
+    streams_.resize(count);
+    if (calls_.back().stream.bytes)
+        for (size_t i = count - 1; i-- > 0 && !streams_[i].bytes;) streams_[i] = calls_.back().stream;
 }
 
 void begin() {
@@ -81,13 +108,14 @@ void* scratch() { return memory.get(); }
 void left(const Contents& own) { contents = own; }
 bool holds(const Contents& wanted) { return recording && contents == wanted; }  // a step has one number of tokens, other calls may not
 
-void perform(int64_t tokens, int64_t size, Work work) {
+void perform(int64_t tokens, int64_t size, Work work, Stream stream) {
     contents = {};
-    Call call{std::move(work), size};
+    Call call{std::move(work), size, stream};
     if (recording) return recording->note(std::move(call));
     if (tokens <= 0) return;
     State state;
-    team::each(call.parts(tokens) > 1 ? wanted_threads : 1, [&](int, int) { take_part(call, tokens, state); });
+    team::each(call.parts(tokens) > 1 ? wanted_threads : 1,
+               [&](int thread, int) { take_parts(call, tokens, state, thread, {}); });
 }
 
 }  // namespace step

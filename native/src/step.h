@@ -15,23 +15,31 @@ namespace step {
 /// Does one of `parts` equal parts of the work on so many tokens.
 using Work = std::function<void(int64_t tokens, int part, int parts)>;
 
+/// What a call reads from beginning to end, part after part: its weights.
+struct Stream {
+    const uint8_t* from = nullptr;
+    int64_t bytes = 0;
+};
+
 struct Call {
     Work work;
     int64_t size;  // numbers a token: few in all are not worth sharing
+    Stream stream;
 
     int parts(int64_t tokens) const;
 };
 
-/// Threads take the parts of a call as they come, and go on when all are done: one that the system holds up between parts
-/// holds up nobody.
+/// Each thread takes its own parts of a call, one after another, then what is left of the others', and goes on when all are done: one
+/// that the system holds up between parts holds up nobody. Who waits asks for the weights that it will need next.
 class Step {
   public:
     void run(int64_t tokens) const;
     size_t size() const { return calls_.size(); }
-    void note(Call call) { calls_.push_back(std::move(call)); }
+    void note(Call call);
 
   private:
     std::vector<Call> calls_;
+    std::vector<Stream> streams_;  // which is read next after each call
 };
 
 void set_threads(int count);
@@ -50,6 +58,6 @@ void left(const Contents& contents);
 bool holds(const Contents& contents);
 
 /// Run a call now, or note it in the step that is being recorded.
-void perform(int64_t tokens, int64_t size, Work work);
+void perform(int64_t tokens, int64_t size, Work work, Stream stream = {});
 
 }  // namespace step

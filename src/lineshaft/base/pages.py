@@ -63,7 +63,7 @@ def make_ready(size: int) -> None:
 
 
 def place(size: int) -> Place:
-    """Bytes that nobody else has, zero: of what was made ready, else new ones; small places share a mapping, so they, too, have huge pages."""
+    """Zero bytes that nobody else has: of what was made ready, else new ones. Small places share a mapping, which then has huge pages."""
     global _stock  # noqa: PLW0603 # of this process
     if _stock is not None and (found := _stock.take(size)):
         return found
