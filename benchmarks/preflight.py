@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lineshaft.base.machine import machine, peak_memory_bytes
-from lineshaft.compress.preflight import Compressing, judge_compressing
+from lineshaft.compress.preflight import Compressing, described, judge_compressing
 from lineshaft.compress.stage import CompressConfig, _prove, compress
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
@@ -151,7 +151,7 @@ STEPS = 50
 
 def compress_case(case: dict[str, Any], folder: Path) -> Verdict:
     config = CompressConfig(**case["format"])
-    verdict = judge_compressing(Compressing(load_config(folder), stored_in(folder), config.group))
+    verdict = judge_compressing(Compressing(load_config(folder), stored_in(folder), described(config.coding)))
     model = load_checkpoint(folder)
     compress(model, config)
     save_checkpoint(model, folder / "made", folder)

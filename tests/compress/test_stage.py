@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import planted
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from toys import logits_of, prompt, written_by_transformers
 
+from lineshaft.base.config import load
 from lineshaft.base.errors import BadCheckpoint, BrokenContract, ConfigError
 from lineshaft.base.store import Artifact, Draft, Store
 from lineshaft.compress import stage
@@ -57,6 +59,40 @@ def test_it_loads_and_its_facts_are_true(group: int | None, dense: Artifact, tmp
     assert made.path("tokenizer.json").read_bytes() == TOKENIZER
     loss = [F.cross_entropy(logits_of(each, prompt(40))[:-1], torch.tensor(prompt(40)[1:])).item() for each in (before, model)]
     assert loss[1] == pytest.approx(loss[0], rel=0.01)
+
+
+INT4 = {"format": "int4", "group": 8, "skip": ["lm_head", "*.q_b_proj", "*.kv_b_proj"]}
+"""Layers of 20 and 12 inputs have no groups of 8."""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "coding"),
+    [
+        (INT4, Integer(4, 8)),
+        (INT4 | {"symmetric": False}, Integer(4, 8, symmetric=False)),
+        (INT4 | {"activations": "int8"}, Integer(4, 8, activations="int8")),
+        ({"activations": "int8"}, Integer(8, activations="int8", packing="int-quantized")),
+        ({"activations": "int8", "group": 4}, Integer(8, 4, activations="int8", packing="int-quantized")),
+    ],
+)
+def test_every_form_is_written_as_it_was_asked_for_and_rounds_to_nearest(
+    wanted: dict[str, Any], coding: Integer, dense: Artifact, tmp_path: Path
+) -> None:
+    made = run(tmp_path / "store", dense, CompressConfig.model_validate(wanted))
+    model, before = load_checkpoint(made.root), load_checkpoint(dense.root).linears()
+    coded = {name: linear for name, linear in model.linears().items() if linear.format != DENSE}
+    assert len(coded) == made.manifest.facts["layers"] > 10
+    assert made.manifest.facts["format"] == coding.describe()
+    for name, linear in coded.items():
+        assert linear.format == coding
+        scale_OG = linear.format.integers(linear.tensors()).scale_OG
+        apart_OGI = (linear.dense_weight(torch.float32) - before[name].weight).view(*scale_OG.shape, -1).abs()
+        assert (apart_OGI <= 0.52 * scale_OG[:, :, None]).all()  # half a step, and what FP16 takes from the scale: nothing is cut off
+
+
+def test_zero_points_of_8_bits_are_refused_by_the_config() -> None:
+    with pytest.raises(ConfigError, match="symmetric: int8 has no zero points"):
+        load(CompressConfig, {"symmetric": False}, "compress")
 
 
 def test_two_runs_write_the_same_bytes(dense: Artifact, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import Product, products
 from lineshaft.model.fit import Verdict, judge
 from lineshaft.model.memory import Memory, Stored
+from lineshaft.ops.formats import Integer
 
 CODE_BYTES = 8 << 20
 """Code of PyTorch that comes into memory with the first operations (docs/preflight.md)."""
@@ -21,7 +22,14 @@ class Compressing:
     model: ModelConfig
     stored: Stored
     """As the files hold it."""
-    group: int | None = None
+    format: str = "int8"
+    """What is made of linear layers, as model.memory names it."""
+
+
+def described(fmt: Integer) -> str:
+    """The name that model.memory has for these integers."""
+    group = "" if fmt.group is None else f"-{fmt.group}"
+    return f"int{fmt.bits}{group}{'' if fmt.symmetric else '-zeros'}{'' if fmt.activations is None else '-a8'}"
 
 
 def compress_memory(given: Compressing) -> Memory:
@@ -29,7 +37,7 @@ def compress_memory(given: Compressing) -> Memory:
 
     The source is mapped from disk and stays until the end, since what is not encoded still lies there.
     """
-    made = replace(given.stored, format="int8" if given.group is None else f"int8-{given.group}", in_files=None)
+    made = replace(given.stored, format=given.format, in_files=None)
     dense = replace(given.stored, format="dense")
     coded = sum(item.count * made.one(item) for item in _encoded(given))
     largest = max((item.size for item in _encoded(given)), default=0)

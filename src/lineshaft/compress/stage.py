@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from lineshaft.base.config import Config
 from lineshaft.base.errors import BadCheckpoint, ConfigError
@@ -15,7 +15,7 @@ from lineshaft.base.machine import large_blocks_returned
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Draft
 from lineshaft.base.terminal import bar
-from lineshaft.compress.preflight import Compressing, judge_compressing
+from lineshaft.compress.preflight import Compressing, described, judge_compressing
 from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32, save_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.folder import load_config
@@ -26,14 +26,31 @@ from lineshaft.text import contract
 
 
 class CompressConfig(Config):
-    """Weight-only quantisation by rounding to nearest."""
+    """Quantisation of weights by rounding to nearest."""
 
-    format: Literal["int8"] = "int8"
+    format: Literal["int8", "int4"] = "int8"
     """How weights are stored."""
     group: PositiveInt | None = None
-    """Inputs that share a scale; null: one scale a channel. 32 gives 8.5 bits a weight."""
+    """Inputs that share a scale; null: one scale a channel. 32 gives 8.5 or 4.5 bits a weight, 128 gives 8.125 or 4.125."""
+    symmetric: bool = True
+    """Zero lies in the middle of the codes; false (int4 only): each group has a code of zero of its own, 4 bits more."""
+    activations: Literal["int8"] | None = None
+    """int8: products round what meets these weights as well, a scale a token: faster prompts, another rounding."""
     skip: list[str] = ["lm_head"]
     """Layers left as they are: names or patterns such as `model.layers.0.*`."""
+
+    @model_validator(mode="after")
+    def _supported(self) -> CompressConfig:
+        if self.format == "int8" and not self.symmetric:
+            raise ValueError("symmetric: int8 has no zero points here: leave it true, or take format int4")
+        return self
+
+    @property
+    def coding(self) -> Integer:
+        """The layout in which other engines expect it: 8-bit codes that meet 8-bit activations lie one a byte."""
+        bits: Literal[8, 4] = 8 if self.format == "int8" else 4
+        whole = bits == 8 and self.activations is not None
+        return Integer(bits, self.group, self.symmetric, self.activations, "int-quantized" if whole else "pack-quantized")
 
 
 def compress(model: Decoder, config: CompressConfig) -> list[str]:
@@ -45,7 +62,7 @@ def compress(model: Decoder, config: CompressConfig) -> list[str]:
     with bar("compress", len(layers)) as progress, large_blocks_returned():
         for name, linear in layers.items():
             try:
-                linear.recode(Integer(8, config.group))
+                linear.recode(config.coding)
             except ConfigError as error:
                 raise ConfigError(f"compress: {name}: {error}; or add it to skip") from None
             progress.advance()
@@ -71,13 +88,13 @@ def _chosen(model: Decoder, skip: list[str]) -> dict[str, Linear]:
 def _build(draft: Draft, config: CompressConfig) -> None:
     source = draft.parents["checkpoint"]
     contract.check_folder(source.root)
-    judge_compressing(Compressing(load_config(source.root), stored_in(source.root), config.group)).enforce()
+    judge_compressing(Compressing(load_config(source.root), stored_in(source.root), described(config.coding))).enforce()
     model = load_checkpoint(source.root)
     layers = compress(model, config)
     save_checkpoint(model, draft.root, source.root)
     _prove(model, draft.root)
     inherited = {name: source.manifest.facts[name] for name in ("parameters", "active_parameters") if name in source.manifest.facts}
-    draft.facts |= contract.carried(source, draft.root) | inherited | {"format": Integer(8, config.group).describe(), "layers": len(layers)}
+    draft.facts |= contract.carried(source, draft.root) | inherited | {"format": config.coding.describe(), "layers": len(layers)}
     draft.facts["quantised_share_of_fp32"] = quantised_share_of_fp32(model)
 
 
