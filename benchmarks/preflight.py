@@ -20,7 +20,8 @@ import torch
 
 from lineshaft.base.machine import machine, peak_memory_bytes
 from lineshaft.compress.preflight import Compressing, described, judge_compressing
-from lineshaft.compress.stage import CompressConfig, _prove, compress
+from lineshaft.compress.proof import prove, remember
+from lineshaft.compress.stage import CompressConfig, compress
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
 from lineshaft.engine.preflight import Serving, judge_serving
@@ -153,9 +154,10 @@ def compress_case(case: dict[str, Any], folder: Path) -> Verdict:
     config = CompressConfig(**case["format"])
     verdict = judge_compressing(Compressing(load_config(folder), stored_in(folder), described(config.coding)))
     model = load_checkpoint(folder)
+    before = remember(model)
     compress(model, config)
     save_checkpoint(model, folder / "made", folder)
-    _prove(model, folder / "made")
+    prove(before, model, folder / "made", config.coding, config.tolerated_nats)
     return verdict
 
 
