@@ -82,7 +82,7 @@ def prove(before: Before, model: Decoder, folder: Path, coding: Integer, most_na
     _check_state(folder, model, read)
     nats = _divergence(before.golden_TV, golden(read))
     if not nats <= most_nats:
-        told = f"its next-token chances on {len(before.golden_TV)} tokens are {nats:.3g} nats from the source's, tolerated are {most_nats:g}"
+        told = f"on {len(before.golden_TV)} tokens next-token chances are {nats:.3g} nats from the source's, tolerated are {most_nats:g}"
         raise BadCheckpoint(f"{folder}: {told} (proof_nats): take more bits or smaller groups, or skip layers")
     return {"largest_error_steps": round(max(errors), 4), "golden_nats": float(f"{nats:.4g}")}
 
