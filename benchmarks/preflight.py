@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from lineshaft.base.machine import machine, peak_memory_bytes
-from lineshaft.compress.preflight import Compressing, described, judge_compressing
+from lineshaft.compress.config import CompressConfig
+from lineshaft.compress.preflight import Compressing, judge_compressing
 from lineshaft.compress.proof import prove, remember
-from lineshaft.compress.stage import CompressConfig, compress
+from lineshaft.compress.stage import compress
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
 from lineshaft.engine.preflight import Serving, judge_serving
@@ -152,12 +153,12 @@ STEPS = 50
 
 def compress_case(case: dict[str, Any], folder: Path) -> Verdict:
     config = CompressConfig(**case["format"])
-    verdict = judge_compressing(Compressing(load_config(folder), stored_in(folder), described(config.coding)))
+    verdict = judge_compressing(Compressing(load_config(folder), stored_in(folder), (config.whole, *config.policy.values())))
     model = load_checkpoint(folder)
     before = remember(model)
     compress(model, config)
     save_checkpoint(model, folder / "made", folder)
-    prove(before, model, folder / "made", config.coding, config.tolerated_nats)
+    prove(before, model, folder / "made", config.tolerated_nats)
     return verdict
 
 

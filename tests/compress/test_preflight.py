@@ -10,8 +10,9 @@ from shapes import SHAPES
 from lineshaft.base.errors import DoesNotFit
 from lineshaft.base.store import Artifact, Store
 from lineshaft.compress import stage
-from lineshaft.compress.preflight import Compressing, compress_memory, described
-from lineshaft.compress.stage import COMPRESS, CompressConfig, compress
+from lineshaft.compress.config import CompressConfig
+from lineshaft.compress.preflight import Compressing, compress_memory
+from lineshaft.compress.stage import COMPRESS, compress
 from lineshaft.model import fit
 from lineshaft.model.cost import products
 from lineshaft.model.decoder import Decoder
@@ -34,7 +35,7 @@ def test_encoded_bytes_are_those_of_the_tensors(name: str, wanted: dict[str, obj
     layers = compress(model, config)
     linears = model.linears()
     encoded = sum(tensor.nbytes for layer in layers for tensor in linears[layer].tensors().values())
-    phase = compress_memory(Compressing(SHAPES[name], Stored(), described(config.coding))).phases["reading back"]
+    phase = compress_memory(Compressing(SHAPES[name], Stored(), (config.whole,))).phases["reading back"]
     assert (phase["weights as stored"], phase["weights as encoded"]) == (before, encoded)
     assert phase["encoded weights from disk"] == sum(tensor.nbytes for tensor in model.state_dict().values())
 

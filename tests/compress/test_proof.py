@@ -15,7 +15,8 @@ from toys import with_prediction_layers, written_by_transformers
 from lineshaft.base.errors import BadCheckpoint
 from lineshaft.base.store import Artifact, Store
 from lineshaft.compress import stage
-from lineshaft.compress.stage import COMPRESS, CompressConfig
+from lineshaft.compress.config import CompressConfig
+from lineshaft.compress.stage import COMPRESS
 from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.ops import formats
 

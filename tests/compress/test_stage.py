@@ -17,7 +17,8 @@ from lineshaft.base.config import load
 from lineshaft.base.errors import BadCheckpoint, BrokenContract, ConfigError
 from lineshaft.base.store import Artifact, Draft, Store
 from lineshaft.compress import stage
-from lineshaft.compress.stage import COMPRESS, CompressConfig, compress
+from lineshaft.compress.config import CompressConfig
+from lineshaft.compress.stage import COMPRESS, compress
 from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32
 from lineshaft.model.decoder import Decoder
 from lineshaft.ops.formats import DENSE, Integer
@@ -90,6 +91,34 @@ def test_every_form_is_written_as_it_was_asked_for_and_rounds_to_nearest(
         assert (apart_OGI <= 0.52 * scale_OG[:, :, None]).all()  # half a step, and what FP16 takes from the scale: nothing is cut off
 
 
+POLICY = {"*.mlp.*": "int4-8", "*.mlp.experts.2.*": "int8-4-a8", "lm_head": "int8", "*.self_attn.*": "int8-4", "*.o_proj": "dense"}
+
+
+def test_a_policy_gives_each_layer_its_own_format_and_the_last_one_that_means_it_counts(dense: Artifact, tmp_path: Path) -> None:
+    made = run(tmp_path / "store", dense, CompressConfig(policy=POLICY))
+    linears = load_checkpoint(made.root).linears()
+    for name, linear in linears.items():
+        wanted: object = Integer(4, 8)
+        if ".experts.2." in name:
+            wanted = Integer(8, 4, activations="int8", packing="int-quantized")
+        elif "self_attn" in name:
+            wanted = DENSE if name.endswith("o_proj") else Integer(8, 4)
+        assert linear.format == (Integer(8) if name == "lm_head" else wanted), name
+    assert made.manifest.facts["format"].split("; ")[0] == Integer(4, 8).describe()
+    assert made.manifest.facts["layers"] == sum(linear.format != DENSE for linear in linears.values())
+
+
+@pytest.mark.parametrize("name", ["fp8", "int5", "int8-zeros", "int4-0", ""])
+def test_a_policy_of_formats_that_there_are_not_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f'policy: "a": "{name}" is none: formats are dense, int8'):
+        load(CompressConfig, {"policy": {"a": name}}, "compress")
+
+
+def test_a_policy_that_means_no_layer_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r'policy: "\*\.atn\.\*" is no layer of this model'):
+        compress(load_checkpoint(folder), CompressConfig(policy={"*.atn.*": "dense"}))
+
+
 def test_zero_points_of_8_bits_are_refused_by_the_config() -> None:
     with pytest.raises(ConfigError, match="symmetric: int8 has no zero points"):
         load(CompressConfig, {"symmetric": False}, "compress")
@@ -132,7 +161,7 @@ def test_a_pattern_that_means_no_layer_is_refused(folder: Path) -> None:
 
 
 def test_skipping_everything_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="leaves no layer"):
+    with pytest.raises(ConfigError, match="leave no layer"):
         compress(load_checkpoint(folder), CompressConfig(skip=["*"]))
 
 

@@ -12,9 +12,10 @@ from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
 from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.decoder import Decoder
-from lineshaft.ops.formats import DENSE, Fp8Block
+from lineshaft.ops.formats import DENSE, Fp8Block, Integer
 from lineshaft.ops.isa import library
 from lineshaft.ops.packed import Packed, PackedHeads
+from lineshaft.sched.request import Ask, Emitted, Sampling
 
 
 @pytest.fixture
@@ -54,3 +55,20 @@ def test_an_engine_leaves_the_checkpoints_file_where_all_products_are_packed(
     engine = Engine.load(folder, EngineConfig(cache_bytes=1 << 20))
     assert next(engine.model.parameters()).isfinite().all()
     assert (str(folder / "model.safetensors") in maps.read_text()) == (stored == "fp8")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_layers_in_different_formats_serve_what_their_decoded_weights_would(family: str, tiny: Callable[..., Decoder], tmp_path: Path) -> None:
+    model = tiny(family)
+    for number, linear in enumerate(model.linears().values()):
+        linear.recode((DENSE, Integer(8), Integer(4, 8), Integer(4, 8, symmetric=False))[number % 4])
+    save_checkpoint(model, tmp_path, tmp_path)
+    answers: list[list[int]] = []
+    for dequantise in (False, True):
+        engine = Engine.load(tmp_path, EngineConfig(dequantise=dequantise, cache_bytes=1 << 20))
+        engine.submit(Ask([5, 9, 2, 33, 7], Sampling(max_tokens=12, temperature=0, ignore_eos=True)))
+        answers.append([])
+        while not engine.idle:
+            answers[-1] += [event.token for event in engine.step() if isinstance(event, Emitted)]
+    assert len(answers[0]) == 12
+    assert answers[0] == answers[1]

@@ -9,12 +9,15 @@ import pytest
 import torch
 from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import is_match, match_targets
+from hypothesis import given
+from hypothesis import strategies as st
 from integer_cases import KINDS
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from lineshaft.base.errors import BadCheckpoint, ConfigError, UnsupportedModel
-from lineshaft.ops.formats import DENSE, Fp8Block, Integer
+from lineshaft.ops.formats import DENSE, Format, Fp8Block, Integer
 from lineshaft.ops.quantization import from_quantization_config, to_quantization_config
 
 DEEPSEEK: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -31,9 +34,51 @@ def test_a_description_comes_back_as_the_same_formats(fmt: Integer) -> None:
     assert config is not None
     assert from_quantization_config(config, formats, ()) == formats
     assert to_quantization_config({"a": DENSE}) is None
-    for other in (Integer(8, 64), Fp8Block()):
-        with pytest.raises(ConfigError, match="different quantised formats"):
-            to_quantization_config({"a": fmt, "b": other})
+    with pytest.raises(ConfigError, match="FP8 layers can't be saved in one checkpoint with layers in another"):
+        to_quantization_config({"a": fmt, "b": Fp8Block()})
+
+
+@given(st.dictionaries(st.text("ab.", min_size=1, max_size=6), st.sampled_from([DENSE, *INTEGERS]), min_size=1))
+def test_any_mixture_comes_back_and_gives_each_layer_one_scheme_in_compressed_tensors(formats: dict[str, Format]) -> None:
+    config = to_quantization_config(formats)
+    if config is None:
+        assert set(formats.values()) == {DENSE}
+        return
+    assert from_quantization_config(config, formats, ()) == formats
+    theirs = QuantizationConfig.model_validate(config)
+    for name, fmt in formats.items():
+        found = [scheme for scheme in theirs.config_groups.values() if match_targets(name, torch.nn.Linear(1, 1), scheme.targets)]
+        found = [] if is_match(name, torch.nn.Linear(1, 1), theirs.ignore or ()) else found
+        assert len(found) == (fmt != DENSE)
+        for scheme in found:
+            assert isinstance(fmt, Integer)
+            assert (scheme.weights.num_bits, scheme.weights.symmetric, scheme.weights.group_size) == (fmt.bits, fmt.symmetric, fmt.group)
+            assert (scheme.format or infer_module_format(torch.nn.Linear, scheme)) == fmt.packing
+
+
+def test_a_name_comes_before_a_pattern_and_that_before_the_class() -> None:
+    config: Any = to_quantization_config({"a.q": Integer(4), "a.k": Integer(8), "a.v": Integer(8, 32), "a.o": DENSE})
+    targets = {4: ["Linear"], None: ["re:a[.][kv]"], 32: ["a.v"]}
+    for group in config["config_groups"].values():
+        weights = group["weights"]
+        group["targets"] = targets[4 if weights["num_bits"] == 4 else weights["group_size"]]
+    read = from_quantization_config(config, ["a.q", "a.k", "a.v", "a.o"], ())
+    assert read == {"a.q": Integer(4), "a.k": Integer(8), "a.v": Integer(8, 32), "a.o": DENSE}
+
+
+@pytest.mark.parametrize("targets", [["Linear"], ["re:.*"], ["a"]], ids=str)
+def test_two_groups_that_mean_one_layer_alike_are_refused(targets: list[str]) -> None:
+    config: Any = to_quantization_config({"a": Integer(4), "b": Integer(8)})
+    for group in config["config_groups"].values():
+        group["targets"] = targets
+    with pytest.raises(BadCheckpoint, match="group_0 and group_1 both target a"):
+        from_quantization_config(config, ["a", "b"], ())
+
+
+def test_what_no_group_targets_is_dense() -> None:
+    config: Any = to_quantization_config({"x.self_attn.q": Integer(8), "x.mlp.up": Integer(8)})
+    config["config_groups"]["group_0"]["targets"] = ["re:.*self_attn.*"]
+    assert from_quantization_config(config, ["x.self_attn.q", "x.mlp.up"], ()) == {"x.self_attn.q": Integer(8), "x.mlp.up": DENSE}
 
 
 @pytest.mark.parametrize("fmt", INTEGERS, ids=str)
@@ -92,7 +137,7 @@ GROUP = "config_groups/group_0"
         ("kv_cache_scheme", {"num_bits": 8}, "kv_cache_scheme"),
         ("transform_config", {"config_groups": {"u": 1}}, "transform_config"),
         ("config_groups", {}, "0 config_groups"),
-        (f"{GROUP}/targets", ["re:.*self_attn.*"], "targets"),
+        (f"{GROUP}/targets", ["Linear", "Embedding"], 'group_0: targets "Embedding"'),
         (f"{GROUP}/input_activations", {"num_bits": 8}, "input_activations"),
         (f"{GROUP}/weights/num_bits", 2, "num_bits 2"),
         (f"{GROUP}/output_activations", {"num_bits": 8}, "output_activations"),

@@ -14,8 +14,8 @@ from lineshaft.base.config import Table, load, merge, nest, parse_assignment, re
 from lineshaft.base.errors import ConfigError
 from lineshaft.cli.options import DEFAULT_STORE, JsonOption, StoreOption
 from lineshaft.cli.serving import checkpoint_folder
-from lineshaft.compress.preflight import Compressing, described, judge_compressing
-from lineshaft.compress.stage import CompressConfig
+from lineshaft.compress.config import CompressConfig
+from lineshaft.compress.preflight import Compressing, judge_compressing
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.pool import context_of
 from lineshaft.engine.preflight import Serving, judge_serving
@@ -123,7 +123,7 @@ def _judged(task: Task, config: ModelConfig, stored: Stored, table: Table, room:
         given = Training(config, train.rows, train.sequence_tokens, train.loop.accumulate, train.loop.precision)
         return judge_training(given, room), train.sequence_tokens
     compress = load(CompressConfig, table["compress"], "compress")
-    return judge_compressing(Compressing(config, stored, described(compress.coding)), room), config.max_position_embeddings
+    return judge_compressing(Compressing(config, stored, (compress.whole, *compress.policy.values())), room), config.max_position_embeddings
 
 
 def _shown(config: ModelConfig, stored: Stored, task: Task, verdict: Verdict, context: int, coded: bool) -> dict[str, Any]:

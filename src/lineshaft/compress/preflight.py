@@ -9,7 +9,6 @@ from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import Product, products
 from lineshaft.model.fit import Verdict, judge
 from lineshaft.model.memory import Memory, Stored
-from lineshaft.ops.formats import Integer
 
 CODE_BYTES = 8 << 20
 """Code of PyTorch that comes into memory with the first operations (docs/preflight.md)."""
@@ -22,14 +21,8 @@ class Compressing:
     model: ModelConfig
     stored: Stored
     """As the files hold it."""
-    format: str = "int8"
-    """What is made of linear layers, as model.memory names it."""
-
-
-def described(fmt: Integer) -> str:
-    """The name that model.memory has for these integers."""
-    group = "" if fmt.group is None else f"-{fmt.group}"
-    return f"int{fmt.bits}{group}{'' if fmt.symmetric else '-zeros'}{'' if fmt.activations is None else '-a8'}"
+    formats: tuple[str, ...] = ("int8",)
+    """What may be made of linear layers, as model.memory names it. Of several the largest is reckoned for all."""
 
 
 def compress_memory(given: Compressing) -> Memory:
@@ -37,8 +30,9 @@ def compress_memory(given: Compressing) -> Memory:
 
     The source is mapped from disk and stays until the end, since what is not encoded still lies there.
     """
-    made = replace(given.stored, format=given.format, in_files=None)
     dense = replace(given.stored, format="dense")
+    forms = [replace(given.stored, format=name, in_files=None) for name in given.formats]
+    made = max(forms, key=lambda form: sum(item.count * form.one(item) for item in _encoded(given)))
     coded = sum(item.count * made.one(item) for item in _encoded(given))
     largest = max((item.size for item in _encoded(given)), default=0)
     # Two float32 copies of a weight while it is rounded, and a third where it is not stored as float32.

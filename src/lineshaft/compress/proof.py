@@ -60,7 +60,7 @@ def golden(model: Decoder) -> Tensor:
     return F.log_softmax(model(tokens_T, torch.arange(count), PackedCausal(torch.tensor([0]), count, count)).float(), -1)
 
 
-def prove(before: Before, model: Decoder, folder: Path, coding: Integer, most_nats: float) -> dict[str, float]:
+def prove(before: Before, model: Decoder, folder: Path, most_nats: float) -> dict[str, float]:
     """Hold the checkpoint in `folder` against the model as it was, and against `model`, which it was written from.
 
     Returns what was seen: `largest_error_steps`, how far a weight lies from its source at most, and `golden_nats`, the divergence
@@ -68,12 +68,12 @@ def prove(before: Before, model: Decoder, folder: Path, coding: Integer, most_na
     and where `golden_nats` exceeds `most_nats`.
     """
     stored = {from_file(model.config.family, name): tensor for name, tensor in read_tensors(folder).items()}
-    coded = {name for name, linear in model.linears().items() if linear.format == coding}
+    coded = {name: linear.format for name, linear in model.linears().items() if isinstance(linear.format, Integer)}
     errors = [0.0]
     for name, tensor in before.tensors.items():
         layer = name.removesuffix(".weight")
         if layer in coded and name.endswith(".weight"):
-            errors.append(_error(folder, layer, stored, tensor, coding))
+            errors.append(_error(folder, layer, stored, tensor, coded[layer]))
         elif name not in stored:
             raise BadCheckpoint(f"{folder}: {name} was not written; the model would lose it")
         elif not _same(stored[name], tensor):

@@ -176,7 +176,7 @@ def save_checkpoint(model: Decoder, folder: Path, tokenizer_from: Path, *, shard
 
     Weights go into one file, or into several of at most `shard_bytes` bytes. A checkpoint that was there is removed first
     and config.json is written last, so a folder that was not finished can't be loaded. Raises ConfigError for dense
-    weights of several dtypes or layers in several quantised formats.
+    weights of several dtypes, or FP8 layers beside integers.
     """
     dtypes = sorted(map(str, _dense_dtypes(model)))
     if len(dtypes) != 1:

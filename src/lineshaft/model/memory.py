@@ -90,7 +90,7 @@ class Stored:
             return product.size * ITEM[self.dtype]
         if self.format == "fp8":
             return product.size + 4 * -(-product.outputs // 128) * -(-product.inputs // 128)
-        bits, group, zeros, _ = _integer(self.format)
+        bits, group, zeros, _ = integer_of(self.format)
         groups = -(-product.inputs // (group or product.inputs))
         zero_points = 4 * -(-product.outputs // 8) * groups if zeros else 0
         return product.outputs * -(-product.inputs * bits // 8) + 2 * product.outputs * groups + zero_points + _SHAPE
@@ -109,14 +109,14 @@ class Stored:
         (reference.linear_int_a8)."""
         if not self.format.endswith("-a8") or not product.linear:
             return self.unpacked(product, dtype)
-        _, group, _, _ = _integer(self.format)
+        _, group, _, _ = integer_of(self.format)
         part = 4 * product.outputs * min(group or product.inputs, _PART) + 20 * tokens * product.outputs
         rows = 4 * tokens * product.inputs
         return self._codes(product) + max(product.size, rows + max(rows, part))
 
     def _codes(self, product: Product) -> int:
         """Bytes of an integer weight's codes, scales and zeros while it is used. 8-bit codes are looked at where they lie."""
-        bits, group, _, _ = _integer(self.format)
+        bits, group, _, _ = integer_of(self.format)
         return 9 * product.outputs * (product.inputs // (group or product.inputs)) + (product.size if bits == 4 else 0)
 
     def _coded(self, config: ModelConfig) -> list[Product]:
@@ -144,11 +144,12 @@ def is_format(name: str) -> bool:
     return name in ("dense", "fp8") or (_INTEGER.fullmatch(name) is not None and not name.startswith("int8") & ("-zeros" in name))
 
 
-def _integer(name: str) -> tuple[int, int | None, bool, bool]:
-    """Bits, inputs that share a scale (None: all), zero points, activations rounded?"""
+def integer_of(name: str) -> tuple[Literal[8, 4], int | None, bool, bool]:
+    """Bits, inputs that share a scale (None: all), zero points, activations rounded? Of names of integers that `is_format` knows."""
     found = _INTEGER.fullmatch(name)
     assert found is not None  # is_format sees to it
-    return int(found["bits"]), (found["group"] and int(found["group"])) or None, found["zeros"] is not None, found["rounded"] is not None
+    size, zeros, rounded = found["group"], found["zeros"] is not None, found["rounded"] is not None
+    return 8 if found["bits"] == "8" else 4, int(size) if size else None, zeros, rounded
 
 
 def _format_of(quantization: Any) -> str:
@@ -158,13 +159,18 @@ def _format_of(quantization: Any) -> str:
     if quantization.get("quant_method") == "fp8":
         return "fp8"
     groups = quantization.get("config_groups")
-    first: Any = next(iter(groups.values()), {}) if isinstance(groups, dict) else {}
-    first = first if isinstance(first, dict) else {}
-    weights: Any = first["weights"] if isinstance(first.get("weights"), dict) else {}
+    named = [_integer_name(group) for group in groups.values()] if isinstance(groups, dict) else []
+    # Of several the one that takes most while it is used: 4 bits are unpacked first. Their bytes are those of the files.
+    return min(named, key=lambda name: (not name.startswith("int4"), name.endswith("-a8")), default="int8")
+
+
+def _integer_name(group: Any) -> str:
+    group = group if isinstance(group, dict) else {}
+    weights: Any = group["weights"] if isinstance(group.get("weights"), dict) else {}
     four, size = weights.get("num_bits") == 4, weights.get("group_size")
-    group = f"-{size}" if isinstance(size, int) and size > 0 else ""
+    width = f"-{size}" if isinstance(size, int) and size > 0 else ""
     zeros = "-zeros" if four and weights.get("symmetric") is False else ""
-    return f"int{4 if four else 8}{group}{zeros}{'-a8' if first.get('input_activations') else ''}"
+    return f"int{4 if four else 8}{width}{zeros}{'-a8' if group.get('input_activations') else ''}"
 
 
 def one_pass(config: ModelConfig, stored: Stored, dtype: str, tokens: int, context: int) -> int:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from lineshaft.base.config import Config, Table, flatten, load, merge, nest, parse_assignment, read_yaml
 from lineshaft.base.errors import ConfigError
-from lineshaft.compress.stage import CompressConfig
+from lineshaft.compress.config import CompressConfig
 from lineshaft.data.ingest import IngestConfig
 from lineshaft.data.tokenizer import TokenizerConfig
 from lineshaft.data.tokens import TokenizeConfig

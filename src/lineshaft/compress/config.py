@@ -1,0 +1,70 @@
+"""What the compression stage can be told."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt, model_validator
+
+from lineshaft.base.config import Config
+from lineshaft.model.memory import integer_of, is_format
+from lineshaft.ops.formats import DENSE, Format, Integer
+
+
+class CompressConfig(Config):
+    """Quantisation of weights by rounding to nearest, all alike or by a policy."""
+
+    format: Literal["int8", "int4"] = "int8"
+    """How weights are stored."""
+    group: PositiveInt | None = None
+    """Inputs that share a scale; null: one scale a channel. 32 gives 8.5 or 4.5 bits a weight, 128 gives 8.125 or 4.125."""
+    symmetric: bool = True
+    """Zero lies in the middle of the codes; false (int4 only): each group has a code of zero of its own, 4 bits more."""
+    activations: Literal["int8"] | None = None
+    """int8: products round what meets these weights as well, a scale a token: faster prompts, another rounding."""
+    skip: list[str] = ["lm_head"]
+    """Layers left as they are: names or patterns such as `model.layers.0.*`."""
+    policy: dict[str, str] = {}
+    """Other formats for some layers: name or pattern to `dense`, `int8`, `int4`, with `-N` for groups of N inputs, then `-zeros`, `-a8`
+    for zero points and 8-bit activations, such as `int4-128`. Of several that mean a layer the last one counts, also over skip."""
+
+    proof_nats: PositiveFloat | None = None
+    """Nats a token by which next-token chances on a golden text may differ from the source's; more, and nothing is kept. Null: 0.05
+    for int8, 0.5 where int4 takes part."""
+
+    @model_validator(mode="after")
+    def _supported(self) -> CompressConfig:
+        if self.format == "int8" and not self.symmetric:
+            raise ValueError("symmetric: int8 has no zero points here: leave it true, or take format int4")
+        for pattern, name in self.policy.items():
+            if name == "fp8" or not is_format(name):
+                told = "formats are dense, int8, int4, int8-32, int4-128, int4-32-zeros, int8-a8 and the like"
+                raise ValueError(f'policy: "{pattern}": "{name}" is none: {told}')
+        return self
+
+    def coding_of(self, layer: str) -> Format:
+        """How this layer is to be stored; dense where it is left as it is."""
+        if meant := [name for pattern, name in self.policy.items() if fnmatchcase(layer, pattern)]:
+            return coding(meant[-1])
+        return DENSE if any(fnmatchcase(layer, pattern) for pattern in self.skip) else coding(self.whole)
+
+    @property
+    def whole(self) -> str:
+        """The format of layers that no policy names."""
+        group, zeros = "" if self.group is None else f"-{self.group}", "" if self.symmetric else "-zeros"
+        return f"{self.format}{group}{zeros}{'' if self.activations is None else '-a8'}"
+
+    @property
+    def tolerated_nats(self) -> float:
+        """`proof_nats`, or what it means."""
+        return self.proof_nats or (0.5 if any(name.startswith("int4") for name in (self.whole, *self.policy.values())) else 0.05)
+
+
+def coding(name: str) -> Format:
+    """The format of this name (model.memory.is_format), in the layout where other engines expect it: 8-bit codes that meet 8-bit
+    activations lie one a byte."""
+    if name == "dense":
+        return DENSE
+    bits, group, zeros, rounded = integer_of(name)
+    return Integer(bits, group, not zeros, "int8" if rounded else None, "int-quantized" if bits == 8 and rounded else "pack-quantized")

@@ -1,0 +1,151 @@
+"""The words of compressed-tensors in `quantization_config`: groups of layers in integer formats. quantization.py reads both dialects.
+
+With several formats each group lists its layers by name, so that every reader gives a layer one scheme whatever it prefers when
+targets overlap. With one format the target is the class "Linear", as compressed-tensors itself writes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from lineshaft.base.errors import BadCheckpoint, UnsupportedModel
+from lineshaft.ops.formats import DENSE, Dense, Format, Integer
+
+Table = Mapping[str, Any]
+Wanted = tuple[tuple[str, object, tuple[object, ...]], ...]
+
+INTEGER = (
+    "integer weights by compressed-tensors, one scale a channel or group: INT8 (symmetric, pack-quantized or int-quantized) or INT4 "
+    "(pack-quantized), activations untouched or INT8 (symmetric, dynamic, a scale a token)"
+)
+_MIXED = "mixed-precision"
+
+
+def to_config(formats: Mapping[str, Format]) -> dict[str, Any]:
+    """The table for layers in these formats, Dense or Integer, at least one of them Integer. The format of most layers is group_0."""
+    members: dict[Integer, list[str]] = {}
+    for name in sorted(formats):
+        if isinstance(fmt := formats[name], Integer):
+            members.setdefault(fmt, []).append(name)
+    ordered = sorted(members, key=lambda fmt: (-len(members[fmt]), members[fmt][0]))
+    alone = len(ordered) == 1
+    packings = {fmt.packing for fmt in ordered}
+    groups = {f"group_{number}": _group(fmt, ["Linear"] if alone else members[fmt], alone) for number, fmt in enumerate(ordered)}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": packings.pop() if len(packings) == 1 else _MIXED,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted(name for name, item in formats.items() if isinstance(item, Dense)),
+    }
+
+
+def _group(fmt: Integer, targets: list[str], alone: bool) -> dict[str, Any]:
+    strategy = "group" if fmt.group else "channel"
+    weights = {"num_bits": fmt.bits, "type": "int", "symmetric": fmt.symmetric, "strategy": strategy, "group_size": fmt.group}
+    group: dict[str, Any] = {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
+    if fmt.activations is not None:
+        group["input_activations"] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    if not alone or fmt.packing != ("pack-quantized" if fmt.activations is None else "int-quantized"):
+        group["format"] = fmt.packing  # compressed-tensors goes by this, and guesses the other where it is missing
+    return group
+
+
+def from_config(config: Table, layers: Iterable[str]) -> dict[str, Format]:
+    """The format of each layer. What no group targets, or `ignore` names, is dense.
+
+    Of several targets that mean a layer an exact name comes before a pattern, and that before the class "Linear"; two groups of one
+    rank are refused. Raises UnsupportedModel, BadCheckpoint, and what a broken table raises.
+    """
+    listed = list(layers)
+    groups: dict[str, Table] = dict(config["config_groups"])
+    if not groups:
+        raise UnsupportedModel(f"quantization_config: 0 config_groups are not supported; supported: {INTEGER}")
+    targets = {name: [str(item) for item in group["targets"]] for name, group in groups.items()}
+    known = {*listed, "Linear"}
+    for name, items in targets.items():
+        # A name with a dot may be that of a layer that this file does not have, such as a prediction layer's.
+        if unknown := [item for item in items if not item.startswith("re:") and "." not in item and item not in known]:
+            told = f'quantization_config: {name}: targets "{unknown[0]}"'
+            raise UnsupportedModel(f'{told} are not supported; supported: {INTEGER}; of targets "Linear", names, patterns after "re:"')
+    formats = {name: _integer_of(config, group) for name, group in groups.items()}
+    ignore = [str(item) for item in config.get("ignore") or ()]
+    found: dict[str, Format] = {}
+    for layer in listed:
+        group_name = None if any(_names(item, layer) for item in ignore) else _group_of(layer, targets)
+        found[layer] = DENSE if group_name is None else formats[group_name]
+    return found
+
+
+def _group_of(layer: str, targets: Mapping[str, list[str]]) -> str | None:
+    """The group whose target means this layer most closely."""
+    for means in (_is_name, _is_pattern, _is_class):
+        if matching := [name for name, items in targets.items() if any(means(item, layer) for item in items)]:
+            if len(matching) > 1:
+                raise BadCheckpoint(f"quantization_config: {matching[0]} and {matching[1]} both target {layer}")
+            return matching[0]
+    return None
+
+
+def _is_name(item: str, layer: str) -> bool:
+    return item == layer
+
+
+def _is_pattern(item: str, layer: str) -> bool:
+    return item.startswith("re:") and re.match(item[3:], layer) is not None
+
+
+def _is_class(item: str, layer: str) -> bool:
+    return item == "Linear"
+
+
+def _names(item: str, layer: str) -> bool:
+    """Does an entry of `ignore` mean this layer? Entries are names, or patterns after "re:"."""
+    return _is_pattern(item, layer) or _is_name(item, layer)
+
+
+def refuse_others(wanted: Wanted, supported: str) -> None:
+    """Raises UnsupportedModel for the first (name, value, values that we run) whose value is none of them."""
+    for name, value, known in wanted:
+        if value not in known:
+            raise UnsupportedModel(f"quantization_config: {name} {value!r} is not supported; supported: {supported}")
+
+
+def _integer_of(config: Table, group: Table) -> Integer:
+    weights, packing = group["weights"], group.get("format") or config["format"]
+    wanted: Wanted = (
+        ("format", packing, ("pack-quantized", "int-quantized")),
+        ("quantization_status", config.get("quantization_status", "compressed"), ("compressed",)),
+        ("kv_cache_scheme", config.get("kv_cache_scheme"), (None, {})),
+        ("sparsity_config", config.get("sparsity_config"), (None, {})),
+        ("transform_config", config.get("transform_config"), (None, {})),
+        ("output_activations", group.get("output_activations"), (None,)),
+        ("num_bits", weights["num_bits"], (8, 4) if packing == "pack-quantized" else (8,)),
+        ("type", weights["type"], ("int",)),
+        ("symmetric", weights["symmetric"], (True, False) if weights["num_bits"] == 4 else (True,)),
+        ("strategy", weights["strategy"], ("channel", "group")),
+        ("actorder", weights.get("actorder"), (None, False, "weight", "static")),
+    )
+    refuse_others(wanted, INTEGER)
+    activations = _activations_of(group.get("input_activations"))
+    size = weights["group_size"] if weights["strategy"] == "group" else None
+    if weights["strategy"] == "group" and (type(size) is not int or size < 1):
+        raise BadCheckpoint(f"quantization_config: group_size {size!r} is not a number of inputs")
+    return Integer(weights["num_bits"], size, weights["symmetric"], activations, packing)
+
+
+def _activations_of(scheme: Table | None) -> Literal["int8"] | None:
+    """None where activations are untouched. What is left out means what it does in compressed-tensors."""
+    if scheme is None:
+        return None
+    wanted: Wanted = (
+        ("input_activations: num_bits", scheme.get("num_bits", 8), (8,)),
+        ("input_activations: type", scheme.get("type", "int"), ("int",)),
+        ("input_activations: symmetric", scheme.get("symmetric", True), (True,)),
+        ("input_activations: dynamic", scheme.get("dynamic", False), (True,)),
+        ("input_activations: strategy", scheme.get("strategy"), ("token",)),
+    )
+    refuse_others(wanted, INTEGER)
+    return "int8"
