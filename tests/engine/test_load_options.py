@@ -58,7 +58,7 @@ def test_an_engine_leaves_the_checkpoints_file_where_all_products_are_packed(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_layers_in_different_formats_serve_what_their_decoded_weights_would(family: str, tiny: Callable[..., Decoder], tmp_path: Path) -> None:
+def test_layers_in_different_formats_serve_what_decoded_weights_would(family: str, tiny: Callable[..., Decoder], tmp_path: Path) -> None:
     model = tiny(family)
     for number, linear in enumerate(model.linears().values()):
         linear.recode((DENSE, Integer(8), Integer(4, 8), Integer(4, 8, symmetric=False))[number % 4])
