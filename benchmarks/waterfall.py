@@ -55,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=machine()["cores"])
     parser.add_argument("--cache-gib", type=int, default=1, help="of each engine")
     parser.add_argument("--patience", type=float, default=120, help="seconds; what takes a rung longer is measured in one round only")
+    parser.add_argument("--without", action="append", default=[], metavar="ISA", help="an instruction set whose rung is left out, such as scalar")
     parser.add_argument("--quick", action="store_true", help="short prompts, 4 requests, 1 round: shows that all run")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all samples")
@@ -80,7 +81,7 @@ def way(asked: argparse.Namespace, folder: Path, workload: Workload) -> tuple[li
     if found is None:
         print("no native kernels here (lineshaft kernels tells why): the rungs in PyTorch only", file=sys.stderr)
         return made, rungs
-    names = found.names()
+    names = [name for name in found.names() if name not in asked.without] or found.names()[-1:]
     for name in names:
         made.append(Contestant(f"native {name}", "lineshaft", sys.executable, base, {FORCE: name}))
         rungs.append(Rung(f"native kernels, {name}, op by op", f"native {name}", {"recorded": False}))
