@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=machine()["cores"])
     parser.add_argument("--cache-gib", type=int, default=1, help="of each engine")
     parser.add_argument("--patience", type=float, default=120, help="seconds; what takes a rung longer is measured in one round only")
-    parser.add_argument("--without", action="append", default=[], metavar="ISA", help="an instruction set whose rung is left out, such as scalar")
+    parser.add_argument("--without", action="append", default=[], metavar="ISA", help="leave an instruction set's rung out, such as scalar")
     parser.add_argument("--quick", action="store_true", help="short prompts, 4 requests, 1 round: shows that all run")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all samples")
