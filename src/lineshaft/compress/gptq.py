@@ -46,11 +46,11 @@ def gptq(
         order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
     factor_II = _factor(hessian_II[order_I][:, order_I], damp).to(torch.float32)
     weight_OI = weight_OI.detach().float()
-    scale_OG, zero_OG = fmt.scale_and_zero(weight_OI.view(outputs, -1, width))
+    scale_OG, zero_OG = fmt.scale_and_zero(weight_OI.reshape(outputs, -1, width))
     grid = _Grid(fmt, width, scale_OG.T.contiguous(), zero_OG.T.contiguous(), moving=order == "none")
-    blocks = max(block // width, 1) * width  # a group that began in the middle of a block would not end there up to date
+    unit = fmt.group or 1  # a group that a block cut in two would be found from inputs that have not learnt of all errors
     codes_IO = torch.empty(inputs, outputs, dtype=torch.uint8, device=weight_OI.device)
-    codes_IO[order_I] = _rounded(weight_OI.T[order_I].contiguous(), factor_II, grid, order_I.tolist(), blocks)
+    codes_IO[order_I] = _rounded(weight_OI.T[order_I].contiguous(), factor_II, grid, order_I.tolist(), max(block // unit, 1) * unit)
     return fmt.store(codes_IO.T.contiguous(), grid.scale_GO.T.contiguous(), grid.zero_GO.T.contiguous())
 
 
