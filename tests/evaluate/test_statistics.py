@@ -156,6 +156,16 @@ def test_a_model_is_no_different_from_itself(amounts: list[tuple[float, float, i
         assert (interval.estimate, interval.low, interval.high, interval.verdict()) == (0, 0, 0, "no difference seen")
 
 
+@given(AMOUNTS)
+def test_a_rise_of_the_same_size_for_every_token_leaves_no_doubt(amounts: list[tuple[float, float, int]]) -> None:
+    """However uneven the rows: their weights are resampled with them."""
+    old, _, tokens = (np.array(item) for item in zip(*amounts, strict=True))
+    one = compare(old, old + 0.25 * tokens, tokens, resamples=40)
+    for interval in (one.difference, one.resampled):
+        assert (interval.low, interval.estimate, interval.high) == pytest.approx((0.25, 0.25, 0.25), rel=1e-6)
+        assert interval.verdict(margin=0.2) == "worse"
+
+
 def test_the_same_seed_gives_the_same_interval_and_batches_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     data = rows(np.random.default_rng(0), 0.01)
     one, other = compare(*data, seed=1), compare(*data, seed=2)
