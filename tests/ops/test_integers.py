@@ -99,6 +99,24 @@ def test_what_is_stored_has_the_shapes_that_are_reserved(kind: Integer, group: i
         assert not fmt.symmetric or plain.zero_OG.eq(2 ** (fmt.bits - 1)).all()
 
 
+@given(fmt=integers(), **SIZES)
+def test_codes_chosen_elsewhere_are_stored_as_they_are(fmt: Integer, outputs: int, blocks: int, seed: int) -> None:
+    generator, groups = torch.Generator().manual_seed(seed), fmt.groups(64 * blocks)
+    codes, zero = (torch.randint(0, 2**fmt.bits, (outputs, n), generator=generator).to(torch.uint8) for n in (64 * blocks, groups))
+    scale, zero = (
+        torch.rand(outputs, groups, generator=generator).half(),
+        torch.full_like(zero, 2 ** (fmt.bits - 1)) if fmt.symmetric else zero,
+    )
+    stored, reserved = fmt.store(codes, scale, zero), fmt.empty(outputs, 64 * blocks)
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()} == {
+        name: (tensor.dtype, tensor.shape) for name, tensor in reserved.items()
+    }
+    plain = fmt.integers(stored)
+    assert torch.equal(plain.codes_OI, codes)
+    assert torch.equal(plain.scale_OG, scale.float())
+    assert torch.equal(plain.zero_OG, zero)
+
+
 # -- rounding ----------------------------------------------------------------------------------------------------
 
 

@@ -118,17 +118,30 @@ class Integer:
     def encode(self, weight_OI: Tensor) -> dict[str, Tensor]:
         """See Format."""
         outputs, inputs = weight_OI.shape
-        grouped_OGI = weight_OI.detach().float().reshape(outputs, self._groups(inputs), -1)
-        scale_OG, zero_OG = self._scale_and_zero(grouped_OGI)
-        codes_OGI = (grouped_OGI / scale_OG.float()[:, :, None]).round_().add_(zero_OG[:, :, None])
-        codes_OI = codes_OGI.clamp_(0, 2**self.bits - 1).flatten(1).to(torch.uint8)
+        grouped_OGI = weight_OI.detach().float().reshape(outputs, self.groups(inputs), -1)
+        scale_OG, zero_OG = self.scale_and_zero(grouped_OGI)
+        return self.store(self.nearest(grouped_OGI, scale_OG[:, :, None], zero_OG[:, :, None]).flatten(1), scale_OG, zero_OG)
+
+    def store(self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> dict[str, Tensor]:
+        """The tensors of this format for a weight of (code - zero) * scale, chosen by whatever method.
+
+        codes_OI: uint8, below 2^bits. scale_OG and zero_OG: float16 and uint8, as `scale_and_zero` gives them; a symmetric format
+        stores no zeros.
+        """
         if self.packing == "int-quantized":
             return {"weight": (codes_OI ^ 128).view(torch.int8), "weight_scale": scale_OG}
-        packed = {"weight_packed": pack(codes_OI, self.bits), "weight_scale": scale_OG, "weight_shape": torch.tensor([outputs, inputs])}
+        packed = {"weight_packed": pack(codes_OI, self.bits), "weight_scale": scale_OG, "weight_shape": torch.tensor(codes_OI.shape)}
         return packed if self.symmetric else packed | {"weight_zero_point": pack(zero_OG.T, self.bits).T.contiguous()}
 
-    def _scale_and_zero(self, grouped_OGI: Tensor) -> tuple[Tensor, Tensor]:
-        """float16 and uint8 [O, G], from the least and the largest weight of a group."""
+    def nearest(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The code nearest to each float32 weight as uint8, ties to even, for scales and zeros of shapes that broadcast with it."""
+        return (weight / scale.float()).round_().add_(zero).clamp_(0, 2**self.bits - 1).to(torch.uint8)
+
+    def scale_and_zero(self, grouped_OGI: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale and the code of zero of each group of inputs of a float32 weight, float16 and uint8 [O, G].
+
+        Raises ConfigError where a scale would not be finite.
+        """
         least_OG, largest_OG = grouped_OGI.amin(-1).clamp_(max=0), grouped_OGI.amax(-1).clamp_(min=0)
         span_OG = torch.maximum(-least_OG, largest_OG) if self.symmetric else largest_OG - least_OG
         steps, reach = _SUPPORTED[self.bits, self.symmetric, self.packing]
@@ -144,7 +157,7 @@ class Integer:
 
     def empty(self, outputs: int, inputs: int) -> dict[str, Tensor]:
         """See Format."""
-        groups, a_word = self._groups(inputs), 32 // self.bits
+        groups, a_word = self.groups(inputs), 32 // self.bits
         shapes = {
             "weight": ((outputs, inputs), torch.int8),
             "weight_packed": ((outputs, inputs // a_word), torch.int32),
@@ -154,7 +167,8 @@ class Integer:
         }
         return {name: torch.empty(shapes[name][0], dtype=shapes[name][1]) for name in self.tensor_names}
 
-    def _groups(self, inputs: int) -> int:
+    def groups(self, inputs: int) -> int:
+        """Groups of so many inputs. Raises ConfigError where they do not fit."""
         width, a_word = self.group or inputs, 1 if self.packing == "int-quantized" else 32 // self.bits
         if inputs % width or inputs % a_word:
             unit = width if inputs % width else a_word
