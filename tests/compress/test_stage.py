@@ -108,6 +108,14 @@ def test_a_policy_gives_each_layer_its_own_format_and_the_last_one_that_means_it
     assert made.manifest.facts["layers"] == sum(linear.format != DENSE for linear in linears.values())
 
 
+@pytest.mark.parametrize(("policy", "warned"), [({"*.experts.2.*": "int8-4"}, True), ({"*.experts.*": "dense"}, False), ({}, False)])
+def test_experts_in_several_formats_are_told_of(
+    policy: dict[str, str], warned: bool, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compress(load_checkpoint(folder), CompressConfig(policy=policy))
+    assert ("routed experts have several formats" in capsys.readouterr().err) == warned
+
+
 @pytest.mark.parametrize("name", ["fp8", "int5", "int8-zeros", "int4-0", ""])
 def test_a_policy_of_formats_that_there_are_not_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f'policy: "a": "{name}" is none: formats are dense, int8'):

@@ -75,6 +75,12 @@ def test_two_groups_that_mean_one_layer_alike_are_refused(targets: list[str]) ->
         from_quantization_config(config, ["a", "b"], ())
 
 
+def test_a_pattern_means_what_begins_with_it() -> None:
+    config: Any = to_quantization_config({"x.mlp.up": Integer(8), "y.mlp": Integer(8)})
+    config["config_groups"]["group_0"]["targets"] = ["re:x[.]mlp"]
+    assert from_quantization_config(config, ["x.mlp.up", "y.x.mlp"], ()) == {"x.mlp.up": Integer(8), "y.x.mlp": DENSE}
+
+
 def test_what_no_group_targets_is_dense() -> None:
     config: Any = to_quantization_config({"x.self_attn.q": Integer(8), "x.mlp.up": Integer(8)})
     config["config_groups"]["group_0"]["targets"] = ["re:.*self_attn.*"]

@@ -9,7 +9,7 @@ from lineshaft.base.errors import ConfigError
 from lineshaft.base.machine import large_blocks_returned
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Draft
-from lineshaft.base.terminal import bar
+from lineshaft.base.terminal import bar, say
 from lineshaft.compress.config import CompressConfig
 from lineshaft.compress.preflight import Compressing, judge_compressing
 from lineshaft.compress.proof import prove, remember
@@ -18,6 +18,7 @@ from lineshaft.model.decoder import Decoder
 from lineshaft.model.folder import load_config
 from lineshaft.model.linear import Linear
 from lineshaft.model.memory import stored_in
+from lineshaft.model.moe import ExpertBlock
 from lineshaft.ops.formats import DENSE
 from lineshaft.text import contract
 
@@ -35,7 +36,17 @@ def compress(model: Decoder, config: CompressConfig) -> list[str]:
             except ConfigError as error:
                 raise ConfigError(f"compress: {name}: {error}; or add it to skip") from None
             progress.advance()
+    _warn_of_experts(model)
     return sorted(layers)
+
+
+def _warn_of_experts(model: Decoder) -> None:
+    """Other tools take routed experts to be stored alike; tests/compress/test_in_transformers.py shows what comes of it."""
+    blocks = [module for module in model.modules() if isinstance(module, ExpertBlock)]
+    formats = {linear.format for block in blocks for linear in block.experts.modules() if isinstance(linear, Linear)}
+    if len(formats) > 1:
+        shown = ", ".join(sorted(fmt.describe() for fmt in formats))
+        say(f"compress: routed experts have several formats ({shown}): lineshaft runs them, transformers gives other logits without a word")
 
 
 def _chosen(model: Decoder, config: CompressConfig) -> dict[str, Linear]:

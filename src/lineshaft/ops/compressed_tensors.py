@@ -71,39 +71,46 @@ def from_config(config: Table, layers: Iterable[str]) -> dict[str, Format]:
             told = f'quantization_config: {name}: targets "{unknown[0]}"'
             raise UnsupportedModel(f'{told} are not supported; supported: {INTEGER}; of targets "Linear", names, patterns after "re:"')
     formats = {name: _integer_of(config, group) for name, group in groups.items()}
-    ignore = [str(item) for item in config.get("ignore") or ()]
+    ignored, meant = _Targets(config.get("ignore") or ()), {name: _Targets(items) for name, items in targets.items()}
     found: dict[str, Format] = {}
     for layer in listed:
-        group_name = None if any(_names(item, layer) for item in ignore) else _group_of(layer, targets)
+        group_name = None if ignored.name(layer) or ignored.pattern(layer) else _group_of(layer, meant)
         found[layer] = DENSE if group_name is None else formats[group_name]
     return found
 
 
-def _group_of(layer: str, targets: Mapping[str, list[str]]) -> str | None:
+class _Targets:
+    """Entries of `targets` or `ignore`: names, patterns after "re:", or the class "Linear".
+
+    Names are a set: a mixture of DeepSeek-V3's size lists 45,000 of them, and each layer is looked up in all groups.
+    """
+
+    def __init__(self, items: Iterable[object]) -> None:
+        listed = [str(item) for item in items]
+        self._names = {item for item in listed if not item.startswith("re:")}
+        self._patterns = [re.compile(item[3:]) for item in listed if item.startswith("re:")]
+
+    def name(self, layer: str) -> bool:
+        """Is the layer named?"""
+        return layer in self._names
+
+    def pattern(self, layer: str) -> bool:
+        """Does a pattern mean the layer?"""
+        return any(pattern.match(layer) for pattern in self._patterns)
+
+    def every(self, layer: str) -> bool:
+        """Is every linear layer meant?"""
+        return "Linear" in self._names
+
+
+def _group_of(layer: str, targets: Mapping[str, _Targets]) -> str | None:
     """The group whose target means this layer most closely."""
-    for means in (_is_name, _is_pattern, _is_class):
-        if matching := [name for name, items in targets.items() if any(means(item, layer) for item in items)]:
+    for means in (_Targets.name, _Targets.pattern, _Targets.every):
+        if matching := [name for name, items in targets.items() if means(items, layer)]:
             if len(matching) > 1:
                 raise BadCheckpoint(f"quantization_config: {matching[0]} and {matching[1]} both target {layer}")
             return matching[0]
     return None
-
-
-def _is_name(item: str, layer: str) -> bool:
-    return item == layer
-
-
-def _is_pattern(item: str, layer: str) -> bool:
-    return item.startswith("re:") and re.match(item[3:], layer) is not None
-
-
-def _is_class(item: str, layer: str) -> bool:
-    return item == "Linear"
-
-
-def _names(item: str, layer: str) -> bool:
-    """Does an entry of `ignore` mean this layer? Entries are names, or patterns after "re:"."""
-    return _is_pattern(item, layer) or _is_name(item, layer)
 
 
 def refuse_others(wanted: Wanted, supported: str) -> None:
