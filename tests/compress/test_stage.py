@@ -130,6 +130,8 @@ def test_a_policy_that_means_no_layer_is_refused(folder: Path) -> None:
 def test_zero_points_of_8_bits_are_refused_by_the_config() -> None:
     with pytest.raises(ConfigError, match="symmetric: int8 has no zero points"):
         load(CompressConfig, {"symmetric": False}, "compress")
+    with pytest.raises(ConfigError, match=r"^symmetric: int8 has no zero points"):
+        load(CompressConfig, {"symmetric": False})
 
 
 def test_two_runs_write_the_same_bytes(dense: Artifact, tmp_path: Path) -> None:

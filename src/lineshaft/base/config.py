@@ -53,7 +53,8 @@ def _complaint(kind: type[Config], where: str, item: Any) -> str:
         return f'"{dotted}": unknown; {hint}'
     if item["type"] == "missing":
         return f'"{dotted}": missing'
-    return f'"{dotted}": {item["msg"]}{_shown(item["input"], notes)}'
+    said = item["msg"].removeprefix("Value error, ")  # what our own checks of several fields say begins with the field
+    return f'"{dotted}": {said}{_shown(item["input"], notes)}' if dotted else said
 
 
 def _walk(kind: type[Config], loc: Iterable[int | str]) -> tuple[list[str], list[Any]]:
