@@ -3,8 +3,10 @@
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -56,3 +58,16 @@ def test_orders_are_carried_out_after_the_imports(tmp_path):
             frames.feed(connection.recv(1 << 16))
     assert isinstance(told, Failed)
     assert "config.json" in told.message
+
+
+@pytest.mark.parametrize("seconds", [0, 0.3])
+def test_it_ends_without_a_word_of_its_libraries_when_the_server_goes_while_it_imports_them(seconds):
+    """Some register what is to be done at the end, and raise where the end has begun."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(spawn.COMMAND, stdin=theirs.fileno(), stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    ours.close()
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 0
+    assert "Traceback" not in told

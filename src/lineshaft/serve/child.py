@@ -19,7 +19,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import msgspec
 
@@ -189,5 +189,12 @@ def main(load: Callable[[Orders], tuple[Engine, Ready]] = load_engine, prepare: 
     return 0
 
 
+def _end(status: int) -> NoReturn:
+    """End at once. An orderly end would wait for imports that still run, whose libraries then complain that it is too late."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())
