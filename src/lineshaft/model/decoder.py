@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lineshaft.model.attend import Attend
 from lineshaft.model.config import ModelConfig
+from lineshaft.model.junction import Junction, Port, ports
 from lineshaft.model.layer import Layer
 from lineshaft.model.linear import Linear
 from lineshaft.model.moe import Router
@@ -88,6 +89,14 @@ class Decoder(nn.Module):
     def linears(self) -> dict[str, Linear]:
         """Every linear layer by its name in the checkpoint."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
+
+    def junctions(self) -> list[Junction]:
+        """Where channels can be scaled, and cut, without changing what the model computes; in the order in which it runs (junction.py)."""
+        found = [junction for name, layer in self.named_modules() if isinstance(layer, Layer) for junction in layer.junctions(name)]
+        # Prediction layers norm what the final norm gives, which a scale would change, and share the head.
+        if self.lm_head is not None and not self.config.num_nextn_predict_layers:
+            found.append(Junction("model.norm", self.config.hidden_size, ports("model", "norm"), (Port("lm_head"),)))
+        return found
 
     def routers(self) -> list[Router]:
         """The routers of all layers with experts."""

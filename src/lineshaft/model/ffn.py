@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from lineshaft.model.junction import Junction, Port, ports
 from lineshaft.model.linear import Linear
 from lineshaft.ops import table as ops
 
@@ -24,3 +25,12 @@ class FeedForward(nn.Module):
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, hidden] to [T, hidden]."""
         return self.down_proj(ops.silu_mul(self.gate_proj(x_TI), self.up_proj(x_TI)))
+
+    def readers(self, name: str) -> tuple[Port, ...]:
+        """What reads the block's input; `name` is the block's own below the model."""
+        return ports(name, "gate_proj", "up_proj")
+
+    def junctions(self, name: str) -> list[Junction]:
+        """From up to down; the gate goes through SiLU first."""
+        inside = f"{name}.intermediate", self.up_proj.out_features
+        return [Junction(*inside, ports(name, "up_proj"), ports(name, "down_proj"), gates=ports(name, "gate_proj"))]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from lineshaft.model.attend import Attend
 from lineshaft.model.config import GroupedQueryAttention, ModelConfig
+from lineshaft.model.junction import Junction, Port, ports
 from lineshaft.model.linear import Linear
 from lineshaft.model.norm import RmsNorm
 from lineshaft.model.rope import Rotation
@@ -37,3 +39,13 @@ class GqaBlock(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         out_THD = attend.gqa(layer, rotate(q), rotate(k), v, self.scale, self.reach)
         return self.o_proj(out_THD.flatten(1))
+
+    def readers(self, name: str) -> tuple[Port, ...]:
+        """What reads the block's input; `name` is the block's own below the model."""
+        return ports(name, "q_proj", "k_proj", "v_proj")
+
+    def junctions(self, name: str) -> list[Junction]:
+        """From v to o, where each query head of a group reads the same value channels."""
+        channels, group = self.v_proj.out_features, self.o_proj.in_features // self.v_proj.out_features
+        read_R = torch.arange(channels).view(-1, self.head_dim).repeat_interleave(group, 0).flatten()
+        return [Junction(f"{name}.values", channels, ports(name, "v_proj"), (Port(f"{name}.o_proj", read_R),))]

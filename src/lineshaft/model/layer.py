@@ -10,6 +10,7 @@ from lineshaft.model.attend import Attend
 from lineshaft.model.config import GroupedQueryAttention, ModelConfig
 from lineshaft.model.ffn import FeedForward
 from lineshaft.model.gqa import GqaBlock
+from lineshaft.model.junction import Junction, ports
 from lineshaft.model.mla import MlaBlock
 from lineshaft.model.moe import ExpertBlock
 from lineshaft.model.norm import RmsNorm
@@ -39,3 +40,13 @@ class Layer(nn.Module):
         """[T, hidden] to [T, hidden]."""
         x_TI = ops.add(x_TI, self.self_attn(self.index, self.input_layernorm(x_TI), rotate, attend))
         return ops.add(x_TI, self.mlp(self.post_attention_layernorm(x_TI)))
+
+    def junctions(self, name: str) -> list[Junction]:
+        """From each norm to what reads it, and those inside attention and feed-forward; `name` is the layer's own below the model."""
+        attention, feed, hidden = f"{name}.self_attn", f"{name}.mlp", len(self.input_layernorm.weight)
+        return [
+            Junction(f"{name}.input_layernorm", hidden, ports(name, "input_layernorm"), self.self_attn.readers(attention)),
+            *self.self_attn.junctions(attention),
+            Junction(f"{name}.post_attention_layernorm", hidden, ports(name, "post_attention_layernorm"), self.mlp.readers(feed)),
+            *self.mlp.junctions(feed),
+        ]

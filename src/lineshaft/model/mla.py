@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lineshaft.model.attend import Attend, IndexQuery, LatentQuery
 from lineshaft.model.config import Indexer, LatentAttention, ModelConfig
+from lineshaft.model.junction import Junction, Port, ports
 from lineshaft.model.linear import Linear
 from lineshaft.model.norm import RmsNorm
 from lineshaft.model.positions import Yarn
@@ -58,6 +60,24 @@ class MlaBlock(nn.Module):
         latent_TC, k_rope_TR = self.kv_a_layernorm(latent_TC), rotate(k_rope_TR[:, None])[:, 0]
         index = None if self.indexer is None else self.indexer(x_TI, narrow_TI, rotate)
         return self.o_proj(attend.mla(layer, query, latent_TC, k_rope_TR, self.scale, self.reach, index).flatten(1))
+
+    def readers(self, name: str) -> tuple[Port, ...]:
+        """What reads the block's input; `name` is the block's own below the model."""
+        found = ports(name, "q_a_proj" if self.compressed_query else "q_proj", "kv_a_proj_with_mqa")
+        return found if self.indexer is None else found + ports(f"{name}.indexer", "wk", "weights_proj")
+
+    def junctions(self, name: str) -> list[Junction]:
+        """From the norms of query and latent to what expands them, and from the value rows of kv_b to o."""
+        found = []
+        if self.compressed_query:
+            queries = ports(name, "q_b_proj") + (ports(f"{name}.indexer", "wq_b") if self.indexer is not None else ())
+            found.append(Junction(f"{name}.q_a_layernorm", self.q_b_proj.in_features, ports(name, "q_a_layernorm"), queries))
+        found.append(Junction(f"{name}.kv_a_layernorm", self.latent, ports(name, "kv_a_layernorm"), ports(name, "kv_b_proj")))
+        values = self.o_proj.in_features
+        value_HV = torch.arange(values).view(self.heads, -1)
+        written_R = F.pad(value_HV, (self.nope, 0), value=-1).flatten()  # each head's key rows stand before its value rows
+        found.append(Junction(f"{name}.values", values, (Port(f"{name}.kv_b_proj", written_R),), ports(name, "o_proj")))
+        return found
 
 
 class IndexerBlock(nn.Module):

@@ -6,7 +6,7 @@ Mixtral (arXiv 2401.04088, section 2.1), Qwen-MoE and DeepSeek-V2 (arXiv 2405.04
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lineshaft.model.config import MixtureOfExperts
 from lineshaft.model.ffn import FeedForward
+from lineshaft.model.junction import Junction, Port
 from lineshaft.ops import table as ops
 from lineshaft.ops.experts import Feeds, Rule
 from lineshaft.ops.packed import Packed
@@ -124,6 +125,19 @@ class ExpertBlock(nn.Module):
         sorted_y = torch.cat([expert(run) for expert, run in runs if len(run)])
         y_TKI = permuted(sorted_y, back, order).view(tokens, top, -1)
         return (y_TKI * weight_TK[:, :, None]).sum(1)
+
+    def readers(self, name: str) -> tuple[Port, ...]:
+        """What reads the block's input: the router, the gates of outputs, every expert; `name` is the block's own below the model."""
+        scorers = tuple(Port(at) for at, part in self.named_modules(prefix=name) if isinstance(part, Router | OutputGate))
+        return scorers + tuple(port for at, feed in self._feed_forwards(name) for port in feed.readers(at))
+
+    def junctions(self, name: str) -> list[Junction]:
+        """Those inside each expert: routed, shared or added."""
+        return [junction for at, feed in self._feed_forwards(name) for junction in feed.junctions(at)]
+
+    def _feed_forwards(self, name: str) -> Iterator[tuple[str, FeedForward]]:
+        """Every expert by its name below the model."""
+        return ((at, part) for at, part in self.named_modules(prefix=name) if isinstance(part, FeedForward))
 
 
 class OutputGate(nn.Module):

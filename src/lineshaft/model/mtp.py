@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lineshaft.model.attend import Attend
 from lineshaft.model.config import ModelConfig
+from lineshaft.model.junction import Junction, Port, ports
 from lineshaft.model.layer import Layer
 from lineshaft.model.linear import Linear
 from lineshaft.model.norm import RmsNorm
@@ -42,3 +43,14 @@ class PredictionLayer(Layer):
         """
         both = torch.cat([self.enorm(next_TI), self.hnorm(hidden_TI)], -1)
         return self.shared_head.norm(self(self.eh_proj(both), rotate, attend))
+
+    def junctions(self, name: str) -> list[Junction]:
+        """Those of a layer, and from each of the two norms to its half of eh_proj.
+
+        None from shared_head.norm: the head reads the final norm of the model as well, and a further prediction layer norms it again.
+        """
+        hidden = self.eh_proj.out_features
+        here_C, not_C = torch.arange(hidden), torch.full((hidden,), -1)
+        halves = {"enorm": torch.cat([here_C, not_C]), "hnorm": torch.cat([not_C, here_C])}
+        joints = (Junction(f"{name}.{norm}", hidden, ports(name, norm), (Port(f"{name}.eh_proj", at),)) for norm, at in halves.items())
+        return [*joints, *super().junctions(name)]
