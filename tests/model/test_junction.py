@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from filled import filled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import SHAPES
@@ -36,16 +37,7 @@ CASES = pytest.mark.parametrize("name", SHAPES)
 
 
 def model_of(name: str, seed: int = 0) -> Decoder:
-    """Random in every number that counts: norms, biases and added gates as well."""
-    model = Decoder(SHAPES[name]).eval()
-    generator = torch.Generator().manual_seed(seed)
-    steering = [router.e_score_correction_bias for router in model.routers() if router.e_score_correction_bias is not None]
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *steering]:
-            tensor.normal_(0.0, 0.3, generator=generator)
-        for norm in (module for module in model.modules() if isinstance(module, RmsNorm)):
-            norm.weight.add_(1.0)
-    return model
+    return filled(SHAPES[name], seed)
 
 
 def junctions_of(model: Decoder) -> dict[str, Junction]:
