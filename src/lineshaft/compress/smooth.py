@@ -58,7 +58,8 @@ def smooth(model: Decoder, maxima: Mapping[str, Tensor], alpha: float = 0.5, nor
     for name in sorted(maxima.keys() - junctions.keys()):
         raise ConfigError(f'smooth: "{name}" is no junction of this model; its junctions are named like {next(iter(junctions))}')
     chosen = {name: junction for name, junction in junctions.items() if not norms_only or _after_norm(model, junction)}
-    # All before the first is scaled: rows that one junction divides lie in columns that another looks at.
+    # All before the first is scaled: rows that one junction divides lie in columns that another looks at. It also finds every layer
+    # that is compressed, writers as well, since each of these reads from a norm.
     scales = {name: _smoothing_of(model, junction, maxima, alpha) for name, junction in chosen.items()}
     for name, s_C in scales.items():
         scale(model, chosen[name], s_C)
@@ -72,8 +73,6 @@ def _after_norm(model: Decoder, junction: Junction) -> bool:
 def _smoothing_of(model: Decoder, junction: Junction, maxima: Mapping[str, Tensor], alpha: float) -> Tensor:
     if junction.name not in maxima:
         raise ConfigError(f"smooth: {junction.name} has no maxima: calibrate with inputs that reach it")
-    for port in junction.writers:
-        dense_weight(model, port)  # refuses what `scale` would, while nothing has changed
     try:
         return smoothing(maxima[junction.name], largest_read(model, junction), alpha)
     except ConfigError as error:
