@@ -21,6 +21,7 @@ from contest import Contest, Contestant, Figure, Options
 from half import folder_of
 from workload import QUICK, Workload, precision_of, random_prompts, read_bytes, read_config, read_rate
 
+from lineshaft.base.config import merge, nest, parse_assignment
 from lineshaft.base.machine import machine
 
 OURS, LOOSE, SHARING = "lineshaft", "lineshaft batch_invariant=false", "lineshaft prefix cache"
@@ -72,7 +73,9 @@ def arguments() -> argparse.Namespace:
 def contestants(asked: argparse.Namespace, folder: Path, dense: bool, workload: Workload) -> list[Contestant]:
     dtype = "bfloat16" if dense else None
     base = Options(str(folder.resolve()), dtype, asked.threads, asked.cache_gib, workload.context, workload.requests)
-    engine = {name: value for name, _, value in (text.partition("=") for text in asked.engine)}
+    engine = {}
+    for text in asked.engine:
+        engine = merge(engine, nest(*parse_assignment(text)))
     made = [Contestant(OURS, "lineshaft", sys.executable, replace(base, engine=engine))]
     if asked.own:
         loose = {"batch_invariant": False, "scheduler": {"prefix_cache": False}}

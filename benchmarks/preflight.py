@@ -153,7 +153,7 @@ STEPS = 50
 
 def compress_case(case: dict[str, Any], folder: Path) -> Verdict:
     config = CompressConfig(**case["format"])
-    verdict = judge_compressing(Compressing(load_config(folder), stored_in(folder), (config.whole, *config.policy.values())))
+    verdict = judge_compressing(Compressing(load_config(folder), stored_in(folder), config.formats))
     model = load_checkpoint(folder)
     before = remember(model)
     compress(model, config)

@@ -59,7 +59,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="short prompts, 4 requests, 1 round: shows that all run")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all samples")
-    return parser.parse_args()
+    asked, native = parser.parse_args(), library()
+    known = native.names() if native is not None else []
+    if any(name not in known for name in asked.without) or (asked.without and not set(known) - set(asked.without)):
+        parser.error(f"--without {' '.join(asked.without)}: name some of {', '.join(known) or 'nothing: no native kernels here'}, not all")
+    return asked
 
 
 def way(asked: argparse.Namespace, folder: Path, workload: Workload) -> tuple[list[Contestant], list[Rung]]:
@@ -81,7 +85,7 @@ def way(asked: argparse.Namespace, folder: Path, workload: Workload) -> tuple[li
     if found is None:
         print("no native kernels here (lineshaft kernels tells why): the rungs in PyTorch only", file=sys.stderr)
         return made, rungs
-    names = [name for name in found.names() if name not in asked.without] or found.names()[-1:]
+    names = [name for name in found.names() if name not in asked.without]
     for name in names:
         made.append(Contestant(f"native {name}", "lineshaft", sys.executable, base, {FORCE: name}))
         rungs.append(Rung(f"native kernels, {name}, op by op", f"native {name}", {"recorded": False}))

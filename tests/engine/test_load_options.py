@@ -10,6 +10,7 @@ import pytest
 from lineshaft.base.errors import ConfigError
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
+from lineshaft.engine.packing import leave_file, pack
 from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.ops.formats import DENSE, Fp8Block, Integer
@@ -72,3 +73,14 @@ def test_layers_in_different_formats_serve_what_decoded_weights_would(family: st
             answers[-1] += [event.token for event in engine.step() if isinstance(event, Emitted)]
     assert len(answers[0]) == 12
     assert answers[0] == answers[1]
+
+
+@pytest.mark.skipif(library() is None, reason="no native kernels here")
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_packed_weights_stay_where_they_were_laid_when_the_file_is_left(family: str, tiny: Callable[..., Decoder]) -> None:
+    """A copy would take them out of huge pages, and time."""
+    model = tiny(family)
+    pack(model)
+    places = {name: tensor.data_ptr() for name, linear in model.linears().items() for tensor in linear.tensors().values()}
+    leave_file(model)
+    assert places == {name: tensor.data_ptr() for name, linear in model.linears().items() for tensor in linear.tensors().values()}

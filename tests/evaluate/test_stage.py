@@ -109,6 +109,7 @@ def test_quality_is_that_of_the_activations_that_serve(store: Store, parents: di
         config = CONFIG.model_copy(update={"engine": EngineConfig(activations=activations)})
         report, _ = read_report(EVALUATE(store, config, checkpoint=coded, tokens=parents["tokens"]))
         losses.append(report.metrics["loss_nats_per_token"])
+        assert any("activations rounded to 8 bits" in note for note in report.notes) == (activations == "int8")
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
 
 

@@ -148,24 +148,24 @@ def a_gate_taken_for_a_writer(found: dict[str, Junction]) -> Junction:
     return replace(inside, writers=inside.gates)
 
 
+def without(junction: Junction, reader: str) -> Junction:
+    return replace(junction, readers=tuple(port for port in junction.readers if not port.module.endswith(reader)))
+
+
 def a_router_forgotten(found: dict[str, Junction]) -> Junction:
-    norm = found["model.layers.1.post_attention_layernorm"]
-    return replace(norm, readers=tuple(port for port in norm.readers if port.module != "model.layers.1.mlp.gate"))
+    return without(found["model.layers.1.post_attention_layernorm"], "model.layers.1.mlp.gate")
 
 
 def an_output_gate_forgotten(found: dict[str, Junction]) -> Junction:
-    norm = found["model.layers.1.post_attention_layernorm"]
-    return replace(norm, readers=tuple(port for port in norm.readers if not port.module.endswith("shared_expert_gate")))
+    return without(found["model.layers.1.post_attention_layernorm"], "shared_expert_gate")
 
 
 def an_added_gate_forgotten(found: dict[str, Junction]) -> Junction:
-    norm = found["model.layers.1.post_attention_layernorm"]
-    return replace(norm, readers=tuple(port for port in norm.readers if port.module != "model.layers.1.mlp.added_experts.1.gate"))
+    return without(found["model.layers.1.post_attention_layernorm"], "added_experts.1.gate")
 
 
 def head_weights_forgotten(found: dict[str, Junction]) -> Junction:
-    norm = found["model.layers.0.input_layernorm"]
-    return replace(norm, readers=tuple(port for port in norm.readers if not port.module.endswith("weights_proj")))
+    return without(found["model.layers.0.input_layernorm"], "weights_proj")
 
 
 def the_indexers_queries_forgotten(found: dict[str, Junction]) -> Junction:

@@ -123,7 +123,7 @@ def _judged(task: Task, config: ModelConfig, stored: Stored, table: Table, room:
         given = Training(config, train.rows, train.sequence_tokens, train.loop.accumulate, train.loop.precision)
         return judge_training(given, room), train.sequence_tokens
     compress = load(CompressConfig, table["compress"], "compress")
-    return judge_compressing(Compressing(config, stored, (compress.whole, *compress.policy.values())), room), config.max_position_embeddings
+    return judge_compressing(Compressing(config, stored, compress.formats), room), config.max_position_embeddings
 
 
 def _shown(config: ModelConfig, stored: Stored, task: Task, verdict: Verdict, context: int, coded: bool) -> dict[str, Any]:

@@ -28,7 +28,6 @@ class CompressConfig(Config):
     policy: dict[str, str] = {}
     """Other formats for some layers: name or pattern to `dense`, `int8`, `int4`, with `-N` for groups of N inputs, then `-zeros`, `-a8`
     for zero points and 8-bit activations, such as `int4-128`. Of several that mean a layer the last one counts, also over skip."""
-
     proof_nats: PositiveFloat | None = None
     """Nats a token by which next-token chances on a golden text may differ from the source's; more, and nothing is kept. Null: 0.05
     for int8, 0.5 where int4 takes part."""
@@ -56,9 +55,14 @@ class CompressConfig(Config):
         return f"{self.format}{group}{zeros}{'' if self.activations is None else '-a8'}"
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats that layers may come to have, but for dense."""
+        return tuple(dict.fromkeys(name for name in (self.whole, *self.policy.values()) if name != "dense"))
+
+    @property
     def tolerated_nats(self) -> float:
         """`proof_nats`, or what it means."""
-        return self.proof_nats or (0.5 if any(name.startswith("int4") for name in (self.whole, *self.policy.values())) else 0.05)
+        return self.proof_nats or (0.5 if any(name.startswith("int4") for name in self.formats) else 0.05)
 
 
 def coding(name: str) -> Format:

@@ -10,8 +10,8 @@ from lineshaft.model.cost import Product, products
 from lineshaft.model.fit import Verdict, judge
 from lineshaft.model.memory import Memory, Stored
 
-CODE_BYTES = 8 << 20
-"""Code of PyTorch that comes into memory with the first operations (docs/preflight.md)."""
+CODE_BYTES = 24 << 20
+"""Code of PyTorch that comes into memory with the first products, those of the proof (docs/preflight.md)."""
 
 
 @dataclass(frozen=True)

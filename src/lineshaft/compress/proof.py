@@ -67,10 +67,22 @@ def prove(before: Before, model: Decoder, folder: Path, most_nats: float) -> dic
     of the next token on the golden text. Raises BadCheckpoint naming the tensor that is missing, too much, or not what it has to be;
     and where `golden_nats` exceeds `most_nats`.
     """
+    error = _hold_against(before.tensors, model, folder)  # its view of the files is gone before they are loaded
+    read = load_checkpoint(folder)
+    _check_state(folder, model, read)
+    nats = _divergence(before.golden_TV, golden(read))
+    if not nats <= most_nats:
+        told = f"on {len(before.golden_TV)} tokens next-token chances are {nats:.3g} nats from the source's, tolerated are {most_nats:g}"
+        raise BadCheckpoint(f"{folder}: {told} (proof_nats): take more bits or smaller groups, or skip layers")
+    return {"largest_error_steps": round(error, 4), "golden_nats": float(f"{nats:.4g}")}
+
+
+def _hold_against(tensors: Mapping[str, Tensor], model: Decoder, folder: Path) -> float:
+    """The largest error of a compressed weight, in steps; everything else must have the bits that it had."""
     stored = {from_file(model.config.family, name): tensor for name, tensor in read_tensors(folder).items()}
     coded = {name: linear.format for name, linear in model.linears().items() if isinstance(linear.format, Integer)}
     errors = [0.0]
-    for name, tensor in before.tensors.items():
+    for name, tensor in tensors.items():
         layer = name.removesuffix(".weight")
         if layer in coded and name.endswith(".weight"):
             errors.append(_error(folder, layer, stored, tensor, coded[layer]))
@@ -78,13 +90,7 @@ def prove(before: Before, model: Decoder, folder: Path, most_nats: float) -> dic
             raise BadCheckpoint(f"{folder}: {name} was not written; the model would lose it")
         elif not _same(stored[name], tensor):
             raise BadCheckpoint(f"{folder}: {name} is not what it was, though it is not compressed")
-    read = load_checkpoint(folder)
-    _check_state(folder, model, read)
-    nats = _divergence(before.golden_TV, golden(read))
-    if not nats <= most_nats:
-        told = f"on {len(before.golden_TV)} tokens next-token chances are {nats:.3g} nats from the source's, tolerated are {most_nats:g}"
-        raise BadCheckpoint(f"{folder}: {told} (proof_nats): take more bits or smaller groups, or skip layers")
-    return {"largest_error_steps": round(max(errors), 4), "golden_nats": float(f"{nats:.4g}")}
+    return max(errors)
 
 
 def _divergence(before_TV: Tensor, after_TV: Tensor) -> float:

@@ -68,7 +68,7 @@ def _chosen(model: Decoder, config: CompressConfig) -> dict[str, Linear]:
 def _build(draft: Draft, config: CompressConfig) -> None:
     source = draft.parents["checkpoint"]
     contract.check_folder(source.root)
-    judge_compressing(Compressing(load_config(source.root), stored_in(source.root), (config.whole, *config.policy.values()))).enforce()
+    judge_compressing(Compressing(load_config(source.root), stored_in(source.root), config.formats)).enforce()
     model = load_checkpoint(source.root)
     before = remember(model)
     layers = compress(model, config)

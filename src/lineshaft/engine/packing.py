@@ -43,6 +43,8 @@ def leave_file(model: Decoder) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     for module in model.modules():
+        if isinstance(module, Linear):  # its buffers are the packed weight, which is no file's, and lies in huge pages
+            continue
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.clone())  # not its data: a view would keep what it is a view of
 

@@ -70,14 +70,16 @@ def _build(draft: Draft, config: EvaluateConfig) -> None:
         subject=checkpoint.id,
         format=", ".join(sorted(quantised)) or "dense",
         metrics=_quality(score, baseline) | _size(model, checkpoint, config.engine),
-        notes=["Quality is computed with FP32 activations; held-out documents were never trained on.", *_cache_note(config.engine)],
+        notes=["Quality is computed with FP32 activations; held-out documents were never trained on.", *_engine_notes(config.engine)],
     )
     metrics, samples = _speed(speed, config)
     write_report(draft, report, Measured(metrics=metrics, samples=samples, machine=machine() | {"threads": speed.threads}))
 
 
-def _cache_note(engine: EngineConfig) -> list[str]:
-    return ["Speed is that of a cache in 8 bits; quality is computed without a cache."] if engine.cache_dtype == "int8" else []
+def _engine_notes(engine: EngineConfig) -> list[str]:
+    cache = "Speed is that of a cache in 8 bits; quality is computed without a cache."
+    rounded = "Quality and speed are those of activations rounded to 8 bits where they meet integer weights, as engine.activations says."
+    return [*([cache] if engine.cache_dtype == "int8" else []), *([rounded] if engine.activations == "int8" else [])]
 
 
 def _check_room(model: ModelConfig, tokens: Artifact, config: EvaluateConfig) -> None:

@@ -94,15 +94,11 @@ class PackedHeads:
 def packed_heads_of(fmt: Format, weight_OI: Tensor, heads: int, nope: int) -> tuple[PackedHeads, dict[str, Tensor]] | None:
     """The packed form of an up-projection for `heads` heads of `nope` key channels; None where the kernels can't take it."""
     weight_HWC = weight_OI.detach().view(heads, -1, weight_OI.shape[1])
-    keys = [packing.pack_dense(weight_WC[:nope].T) for weight_WC in weight_HWC]
-    values = [packing.pack_dense(weight_WC[nope:]) for weight_WC in weight_HWC]
-    if keys[0] is None or values[0] is None:
+    keys = packing.pack_alike([weight_WC[:nope].T for weight_WC in weight_HWC])
+    values = packing.pack_alike([weight_WC[nope:] for weight_WC in weight_HWC])
+    if keys is None or values is None:
         return None
-    tensors = {
-        "packed_keys": torch.stack([made[1] for made in keys if made is not None]),
-        "packed_values": torch.stack([made[1] for made in values if made is not None]),
-    }
-    return PackedHeads(fmt, keys[0][0], values[0][0]), tensors
+    return PackedHeads(fmt, keys[0], values[0]), {"packed_keys": keys[1], "packed_values": values[1]}
 
 
 def packed_of(fmt: Format, tensors: Mapping[str, Tensor], wide: bool = False) -> tuple[Packed, Tensor] | None:

@@ -9,6 +9,7 @@ Shape letters: O outputs, I inputs, G groups of inputs, N groups of outputs, R r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,18 +63,28 @@ class Shape:
 
 def pack_dense(weight_OI: Tensor) -> tuple[Shape, Tensor] | None:
     """A float32 or bf16 weight, packed: uint8. None for another dtype, or a shape that the kernels can't take."""
+    found = pack_alike([weight_OI])
+    return None if found is None else (found[0], found[1][0])
+
+
+def pack_alike(weights: Sequence[Tensor]) -> tuple[Shape, Tensor] | None:
+    """Weights of one shape, each packed like `pack_dense`, one after another: uint8 [N, bytes of one]."""
+    shape, native = _shape_of(weights[0]), library()
+    if shape is None:
+        return None
+    if native is None:
+        return shape, torch.stack([_rows(weight.contiguous().view(torch.uint8), shape).flatten() for weight in weights])
+    out = _memory(len(weights) * native.packed_bytes(*shape.native)).view(len(weights), -1)
+    for weight_OI, own in zip((weight.contiguous() for weight in weights), out, strict=True):
+        native.pack_dense(*shape.native[:3], weight_OI.data_ptr(), weight_OI.stride(0), own.data_ptr())
+    return shape, out
+
+
+def _shape_of(weight_OI: Tensor) -> Shape | None:
     if weight_OI.dtype not in (torch.float32, torch.bfloat16):
         return None
-    kind: Kind = "float32" if weight_OI.dtype == torch.float32 else "bfloat16"
-    shape, weight_OI = Shape(kind, weight_OI.shape[1], weight_OI.shape[0]), weight_OI.contiguous()
-    if not shape.fits:
-        return None
-    native = library()
-    if native is None:
-        return shape, _rows(weight_OI.view(torch.uint8), shape).flatten()
-    out = _memory(native.packed_bytes(*shape.native))
-    native.pack_dense(*shape.native[:3], weight_OI.data_ptr(), weight_OI.stride(0), out.data_ptr())
-    return shape, out
+    shape = Shape("float32" if weight_OI.dtype == torch.float32 else "bfloat16", weight_OI.shape[1], weight_OI.shape[0])
+    return shape if shape.fits else None
 
 
 def pack_coded(weight: Integers, bits: int) -> tuple[Shape, Tensor] | None:
