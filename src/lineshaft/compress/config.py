@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from lineshaft.base.config import Config
+from lineshaft.compress.calibrate.config import CalibrationConfig
 from lineshaft.model.memory import integer_of, is_format
 from lineshaft.ops.formats import DENSE, Format, Integer
 
 
-class CompressConfig(Config):
-    """Quantisation of weights by rounding to nearest, all alike or by a policy."""
+class Rounding(Config):
+    """Weights in fewer bits, all alike or by a policy."""
 
     format: Literal["int8", "int4"] = "int8"
     """How weights are stored."""
@@ -32,8 +33,18 @@ class CompressConfig(Config):
     """Nats a token by which next-token chances on a golden text may differ from the source's; more, and nothing is kept. Null: 0.05
     for int8, 0.5 where int4 takes part."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bits_are_a_format(cls, given: Any) -> Any:
+        """`bits: 4` is short for `format: int4`."""
+        if not isinstance(given, dict) or "bits" not in given:
+            return given
+        if given["bits"] not in (4, 8) or "format" in given:
+            raise ValueError(f"bits: 4 or 8, and no format beside it (got {given['bits']!r})")
+        return {name: value for name, value in given.items() if name != "bits"} | {"format": f"int{given['bits']}"}
+
     @model_validator(mode="after")
-    def _supported(self) -> CompressConfig:
+    def _supported(self) -> Rounding:
         if self.format == "int8" and not self.symmetric:
             raise ValueError("symmetric: int8 has no zero points here: leave it true, or take format int4")
         for pattern, name in self.policy.items():
@@ -63,6 +74,55 @@ class CompressConfig(Config):
     def tolerated_nats(self) -> float:
         """`proof_nats`, or what it means."""
         return self.proof_nats or (0.5 if any(name.startswith("int4") for name in self.formats) else 0.05)
+
+
+class CompressConfig(Rounding):
+    """Rounding each weight to the nearest."""
+
+    step: Literal["round"] = "round"
+
+
+class _Calibrated(Rounding, CalibrationConfig):
+    format: Literal["int8", "int4"] = "int4"
+    """How weights are stored."""
+    group: PositiveInt | None = 128
+    """Inputs that share a scale; null: one scale a channel. 32 gives 8.5 or 4.5 bits a weight, 128 gives 8.125 or 4.125."""
+
+
+class GptqConfig(_Calibrated):
+    """Rounding that makes up for its own errors, by calibration (compress/gptq.py)."""
+
+    step: Literal["gptq"] = "gptq"
+    damp: float = Field(0.01, gt=0, le=1)
+    """What is added to the diagonal of the Hessian, as a share of its mean."""
+    order: Literal["none", "activation"] = "activation"
+    """Inputs are rounded as they stand, or those of the largest mean square first."""
+
+
+class AwqConfig(_Calibrated):
+    """Scales along junctions, and clips, that leave outputs alike on calibration text; then rounding to nearest (compress/awq.py)."""
+
+    step: Literal["awq"] = "awq"
+    points: int = Field(20, ge=1, le=1000)
+    """Scales that are tried of each of two kinds, a junction."""
+    clip: bool = True
+    """Search for where to clip each group of weights as well."""
+
+
+class SmoothConfig(CalibrationConfig):
+    """Outliers of activations moved into weights, by calibration (compress/smooth.py); weights stay dense, for a step after this."""
+
+    step: Literal["smooth"] = "smooth"
+    alpha: float = Field(0.5, ge=0, le=1)
+    """How much of the difficulty goes into the weights."""
+    norms_only: bool = True
+    """Only where a norm writes; else the rows of v, up and kv_b are divided as well."""
+    proof_nats: PositiveFloat = 0.02
+    """Nats a token by which next-token chances on a golden text may differ from the source's; more, and nothing is kept."""
+
+
+AnyStep = Annotated[CompressConfig | GptqConfig | AwqConfig | SmoothConfig, Field(discriminator="step")]
+"""One step of `compress`."""
 
 
 def coding(name: str) -> Format:

@@ -21,36 +21,54 @@ from lineshaft.ops.formats import Integer
 Order = Literal["none", "activation"]
 
 
-def gptq(
-    weight_OI: Tensor, hessian_II: Tensor, fmt: Integer, damp: float = 0.01, block: int = 128, order: Order = "none"
-) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Factor:
+    """What rounding needs to know of a layer's inputs; layers that read the same share it."""
+
+    order_I: Tensor
+    """In which order inputs are rounded, int64."""
+    upper_II: Tensor
+    """U of H^-1 = U^T U in that order, float32."""
+    moving: bool
+    """Inputs are rounded as they stand, so a group's scale is found when the group is reached."""
+
+    @classmethod
+    def of(cls, hessian_II: Tensor, damp: float = 0.01, order: Order = "none") -> Factor:
+        """hessian_II: sum of x x^T over calibration inputs, float32 or float64; a factor does not matter. damp: what is added to its
+        diagonal, as a share of the diagonal's mean; tenfold as long as the factorisation fails, up to 1.
+
+        order "none" rounds inputs as they stand. A group's scale is then found when the group is reached, from the weight as changed
+        so far (the paper's section 4): what is rounded is what the scale was made for. "activation" rounds inputs of the largest mean
+        square first, while more are left to make up for them. Groups stay as they stand, hence scales are those of the weight as
+        given (compressed-tensors' "static"): no order has to be stored.
+
+        Raises ConfigError for a damping outside (0, 1], and a Hessian that is not finite, or not positive definite with the largest
+        damping.
+        """
+        hessian_II = _checked(hessian_II)
+        order_I = torch.arange(len(hessian_II), device=hessian_II.device)
+        if order == "activation":
+            order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
+        return cls(order_I, _factor(hessian_II[order_I][:, order_I], damp).to(torch.float32), order == "none")
+
+
+def gptq(weight_OI: Tensor, factor: Factor, fmt: Integer, block: int = 128) -> dict[str, Tensor]:
     """The tensors of `fmt` for a dense weight, rounded so that its outputs on the calibration inputs change little.
 
-    hessian_II: sum of x x^T over those inputs, float32 or float64; a factor does not matter. damp: what is added to its diagonal, as a
-    share of the diagonal's mean; tenfold as long as the factorisation fails, up to 1. block: inputs after which later ones learn of
-    the errors at once (the paper's lazy batches: speed only); made a multiple of the group, or as large.
-
-    order "none" rounds inputs as they stand. A group's scale is then found when the group is reached, from the weight as changed
-    so far (the paper's section 4): what is rounded is what the scale was made for. "activation" rounds inputs of the largest mean square
-    first, while more are left to make up for them. Groups stay as they stand, hence scales are those of the weight as given
-    (compressed-tensors' "static"): no order has to be stored.
-
-    An input that was always zero is rounded to nearest. Raises ConfigError for a shape that does not fit, a damping outside (0, 1], and
-    a Hessian that is not finite, or not positive definite with the largest damping.
+    block: inputs after which later ones learn of the errors at once (the paper's lazy batches: speed only); made a multiple of the
+    group, or as large. An input that was always zero is rounded to nearest. Raises ConfigError for a shape that does not fit.
     """
     outputs, inputs = weight_OI.shape
     width = inputs // fmt.groups(inputs)
-    hessian_II = _checked(hessian_II, inputs)
-    order_I = torch.arange(inputs, device=weight_OI.device)
-    if order == "activation":
-        order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
-    factor_II = _factor(hessian_II[order_I][:, order_I], damp).to(torch.float32)
+    if len(factor.order_I) != inputs:
+        raise ConfigError(f"a weight of {inputs} inputs needs a Hessian [{inputs}, {inputs}], not one of {len(factor.order_I)}")
     weight_OI = weight_OI.detach().float()
     scale_OG, zero_OG = fmt.scale_and_zero(weight_OI.reshape(outputs, -1, width))
-    grid = _Grid(fmt, width, scale_OG.T.contiguous(), zero_OG.T.contiguous(), moving=order == "none")
+    grid = _Grid(fmt, width, scale_OG.T.contiguous(), zero_OG.T.contiguous(), factor.moving)
     unit = fmt.group or 1  # a group that a block cut in two would be found from inputs that have not learnt of all errors
     codes_IO = torch.empty(inputs, outputs, dtype=torch.uint8, device=weight_OI.device)
-    codes_IO[order_I] = _rounded(weight_OI.T[order_I].contiguous(), factor_II, grid, order_I.tolist(), max(block // unit, 1) * unit)
+    order_I = factor.order_I
+    codes_IO[order_I] = _rounded(weight_OI.T[order_I].contiguous(), factor.upper_II, grid, order_I.tolist(), max(block // unit, 1) * unit)
     return fmt.store(codes_IO.T.contiguous(), grid.scale_GO.T.contiguous(), grid.zero_GO.T.contiguous())
 
 
@@ -91,10 +109,10 @@ def _rounded(weight_IO: Tensor, factor_II: Tensor, grid: _Grid, order: list[int]
     return codes_IO
 
 
-def _checked(hessian_II: Tensor, inputs: int) -> Tensor:
+def _checked(hessian_II: Tensor) -> Tensor:
     """In float64, with inputs that were always zero made like the average one: they have no company, so nothing comes of it."""
-    if hessian_II.shape != (inputs, inputs):
-        raise ConfigError(f"a weight of {inputs} inputs needs a Hessian [{inputs}, {inputs}], not {list(hessian_II.shape)}")
+    if hessian_II.ndim != 2 or hessian_II.shape[0] != hessian_II.shape[1]:
+        raise ConfigError(f"a Hessian is square, not {list(hessian_II.shape)}")
     if not torch.isfinite(hessian_II).all():
         raise ConfigError("the Hessian holds what is not a number or infinite: look for such activations among the calibration inputs")
     hessian_II = hessian_II.to(torch.float64, copy=True)

@@ -8,7 +8,7 @@ Shape letters: C channels of a junction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,8 +45,10 @@ def largest_read(model: Decoder, junction: Junction) -> Tensor:
     return torch.stack(found).amax(0)
 
 
-def smooth(model: Decoder, maxima: Mapping[str, Tensor], alpha: float = 0.5, norms_only: bool = True) -> dict[str, Tensor]:
-    """Scale along the model's junctions by `smoothing`, in place; returns each junction's s by its name.
+def smooth(
+    model: Decoder, maxima: Mapping[str, Tensor], alpha: float = 0.5, norms_only: bool = True, among: Sequence[Junction] | None = None
+) -> dict[str, Tensor]:
+    """Scale along junctions, all of the model's or `among` these, by `smoothing`, in place; returns each junction's s by its name.
 
     maxima: from a junction's name to the largest magnitude of each of its channels on calibration inputs, [C]. `norms_only`: only
     where a norm writes, as in the paper, since norms have nothing to be rounded; maxima of other junctions are then not used. Without it
@@ -54,7 +56,7 @@ def smooth(model: Decoder, maxima: Mapping[str, Tensor], alpha: float = 0.5, nor
     has no maxima, a name that is no junction, a layer that is compressed already, and what `smoothing` refuses. A weight that would
     be too large for its dtype ends it half-way, as `scale` refuses it; the model computes what it did even then.
     """
-    junctions = {junction.name: junction for junction in model.junctions()}
+    junctions = {junction.name: junction for junction in (model.junctions() if among is None else among)}
     for name in sorted(maxima.keys() - junctions.keys()):
         raise ConfigError(f'smooth: "{name}" is no junction of this model; its junctions are named like {next(iter(junctions))}')
     chosen = {name: junction for name, junction in junctions.items() if not norms_only or _after_norm(model, junction)}

@@ -10,9 +10,9 @@ from lineshaft.base.machine import large_blocks_returned
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Draft
 from lineshaft.base.terminal import bar, say
-from lineshaft.compress.config import CompressConfig
+from lineshaft.compress.config import CompressConfig, Rounding
 from lineshaft.compress.preflight import Compressing, judge_compressing
-from lineshaft.compress.proof import prove, remember
+from lineshaft.compress.proof import Before, Tolerance, prove, remember
 from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32, save_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.folder import load_config
@@ -23,12 +23,12 @@ from lineshaft.ops.formats import DENSE
 from lineshaft.text import contract
 
 
-def compress(model: Decoder, config: CompressConfig) -> list[str]:
+def compress(model: Decoder, config: Rounding) -> list[str]:
     """Recode the model's linear layers in place; returns the names of those that are not left as they are.
 
     Raises ConfigError naming a layer that does not fit or is compressed already, or a pattern that means no layer.
     """
-    layers = _chosen(model, config)
+    layers = chosen(model, config)
     with bar("compress", len(layers)) as progress, large_blocks_returned():
         for name, linear in layers.items():
             try:
@@ -36,11 +36,11 @@ def compress(model: Decoder, config: CompressConfig) -> list[str]:
             except ConfigError as error:
                 raise ConfigError(f"compress: {name}: {error}; or add it to skip") from None
             progress.advance()
-    _warn_of_experts(model)
+    warn_of_experts(model)
     return sorted(layers)
 
 
-def _warn_of_experts(model: Decoder) -> None:
+def warn_of_experts(model: Decoder) -> None:
     """Other tools take routed experts to be stored alike; tests/compress/test_in_transformers.py shows what comes of it."""
     blocks = [module for module in model.modules() if isinstance(module, ExpertBlock)]
     formats = {linear.format for block in blocks for linear in block.experts.modules() if isinstance(linear, Linear)}
@@ -49,20 +49,21 @@ def _warn_of_experts(model: Decoder) -> None:
         say(f"compress: routed experts have several formats ({shown}): lineshaft runs them, transformers gives other logits without a word")
 
 
-def _chosen(model: Decoder, config: CompressConfig) -> dict[str, Linear]:
+def chosen(model: Decoder, config: Rounding) -> dict[str, Linear]:
+    """The layers that are to be compressed, by name. Raises ConfigError as `compress` does, but for shapes."""
     linears = model.linears()
     for what, pattern in [*(("skip", item) for item in config.skip), *(("policy", item) for item in config.policy)]:
         # A tied head is no layer of its own, so it may find nothing; any other miss is a slip of the pen.
         if pattern != "lm_head" and not any(fnmatchcase(name, pattern) for name in linears):
             raise ConfigError(f'compress: {what}: "{pattern}" is no layer of this model; its layers are named like {next(iter(linears))}')
-    chosen = {name: linear for name, linear in linears.items() if config.coding_of(name) != DENSE}
-    if not chosen:
+    found = {name: linear for name, linear in linears.items() if config.coding_of(name) != DENSE}
+    if not found:
         raise ConfigError("compress: skip and policy leave no layer to compress")
-    for name, linear in chosen.items():
+    for name, linear in found.items():
         if linear.format != DENSE:
             told = "rounding it twice would cost quality unseen: compress the checkpoint that this one was made from"
             raise ConfigError(f"compress: {name} is stored as {linear.format.describe()} already; {told}")
-    return chosen
+    return found
 
 
 def _build(draft: Draft, config: CompressConfig) -> None:
@@ -70,13 +71,21 @@ def _build(draft: Draft, config: CompressConfig) -> None:
     contract.check_folder(source.root)
     judge_compressing(Compressing(load_config(source.root), stored_in(source.root), config.formats)).enforce()
     model = load_checkpoint(source.root)
-    before = remember(model)
+    before = remember(model, source.root)
     layers = compress(model, config)
+    finish(draft, model, before, Tolerance(config.tolerated_nats))
+    draft.facts |= {"format": formats_of(model), "layers": len(layers)}
+
+
+def finish(draft: Draft, model: Decoder, before: Before, tolerance: Tolerance) -> None:
+    """Write the model into the draft and prove it; facts as far as they don't depend on the method."""
+    source = draft.parents["checkpoint"]
     save_checkpoint(model, draft.root, source.root)
-    seen = prove(before, model, draft.root, config.tolerated_nats)
+    seen = prove(before, model, draft.root, tolerance)
     inherited = {name: source.manifest.facts[name] for name in ("parameters", "active_parameters") if name in source.manifest.facts}
-    draft.facts |= contract.carried(source, draft.root) | inherited | {"format": formats_of(model), "layers": len(layers)} | seen
-    draft.facts["quantised_share_of_fp32"] = quantised_share_of_fp32(model)
+    draft.facts |= contract.carried(source, draft.root) | inherited | seen
+    if (share := quantised_share_of_fp32(model)) is not None:
+        draft.facts["quantised_share_of_fp32"] = share
 
 
 def formats_of(model: Decoder) -> str:
@@ -88,7 +97,7 @@ def formats_of(model: Decoder) -> str:
 COMPRESS = Stage(
     name="compress",
     kind="checkpoint",
-    version=3,
+    version=4,
     config=CompressConfig,
     build=_build,
     parents={"checkpoint": "checkpoint"},

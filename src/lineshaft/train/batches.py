@@ -74,6 +74,9 @@ class ShuffledRows:
 
     def __getitem__(self, number: int) -> Batch:
         """Batch `number`, counted from 0 over all epochs."""
-        first = number * self.rows_a_batch
-        places = [divmod(place, self.reader.rows) for place in range(first, first + self.rows_a_batch)]
-        return self.reader.batch(np.array([self._epoch(epoch)[place] for epoch, place in places]))
+        return self.reader.batch(self.rows(number * self.rows_a_batch, self.rows_a_batch))
+
+    def rows(self, first: int, count: int) -> npt.NDArray[np.int64]:
+        """The rows at these places of the sequence."""
+        places = [divmod(place, self.reader.rows) for place in range(first, first + count)]
+        return np.array([self._epoch(epoch)[place] for epoch, place in places])

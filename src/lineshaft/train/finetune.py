@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -16,7 +15,7 @@ from lineshaft.model.folder import load_config
 from lineshaft.model.grow import add_experts
 from lineshaft.ops.formats import DENSE
 from lineshaft.text import contract
-from lineshaft.train.stage import FitConfig, check_context, check_room, fit, settled
+from lineshaft.train.stage import FitConfig, check_context, check_room, check_tokenizer, fit, settled
 
 
 class FinetuneConfig(FitConfig):
@@ -30,9 +29,7 @@ class FinetuneConfig(FitConfig):
 
 def _settle(config: FinetuneConfig, parents: Mapping[str, Artifact]) -> FinetuneConfig:
     tokens, checkpoint = parents["tokens"], parents["checkpoint"]
-    tokenizer = hashlib.sha256(checkpoint.path("tokenizer.json").read_bytes()).hexdigest()
-    if tokens.manifest.facts["tokenizer_sha256"] != tokenizer:
-        raise ConfigError(f"finetune: {tokens.id} was made with another tokenizer than {checkpoint.id} carries")
+    check_tokenizer("finetune", tokens, checkpoint)
     check_context("finetune", config, load_config(checkpoint.root))
     return settled(config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,6 +76,13 @@ def check_context(name: str, config: FitConfig, model: Architecture) -> None:
     if config.sequence_tokens > (most := model.max_position_embeddings):
         asked = f"{name}: sequence_tokens {config.sequence_tokens}"
         raise ConfigError(f"{asked} exceeds the model's max_position_embeddings {most}: change one")
+
+
+def check_tokenizer(name: str, tokens: Artifact, checkpoint: Artifact) -> None:
+    """Raises ConfigError when tokens were made with another tokenizer than the checkpoint carries."""
+    tokenizer = hashlib.sha256(checkpoint.path("tokenizer.json").read_bytes()).hexdigest()
+    if tokens.manifest.facts["tokenizer_sha256"] != tokenizer:
+        raise ConfigError(f"{name}: {tokens.id} was made with another tokenizer than {checkpoint.id} carries")
 
 
 def check_room(model: ModelConfig, config: FitConfig) -> None:

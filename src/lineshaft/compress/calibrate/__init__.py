@@ -1,0 +1,1 @@
+"""Calibration: a model's layers one after another, each seen with what comes into it on real text."""

@@ -1,0 +1,50 @@
+"""The text that a model is calibrated on: rows of the training split, chosen by a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lineshaft.base.store import Artifact
+from lineshaft.base.terminal import say
+from lineshaft.compress.calibrate.config import CalibrationConfig
+from lineshaft.model.attend import PackedCausal
+from lineshaft.model.config import ModelConfig
+from lineshaft.model.rope import Rotation, rotation
+from lineshaft.records.tokens import TokenStream
+from lineshaft.train.batches import IGNORE, Batch, RowReader, ShuffledRows
+
+ROWS_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """A batch as the layers of a model see it."""
+
+    batch: Batch
+    rotate: Rotation
+    attend: PackedCausal
+
+    @property
+    def next_T(self) -> Tensor:
+        """The token after each; itself where a document ends, where nothing is predicted."""
+        return torch.where(self.batch.targets_T == IGNORE, self.batch.tokens_T, self.batch.targets_T)
+
+
+def calibration_rows(tokens: Artifact, config: CalibrationConfig, model: ModelConfig) -> list[Surroundings]:
+    """Batches of ROWS_AT_ONCE rows. Raises TrainingError where the text has not even one row."""
+    reader = RowReader(TokenStream(tokens, "train"), config.sequence_tokens)
+    count = min(config.sequences, reader.rows)
+    if count < config.sequences:
+        told = f"{tokens.id} has {count} rows of {config.sequence_tokens} tokens, {config.sequences} were asked for"
+        say(f"calibration: {told}: all are used")
+    chosen = ShuffledRows(reader, 1, config.seed).rows(0, count)
+    batches = (reader.batch(chosen[first : first + ROWS_AT_ONCE]) for first in range(0, count, ROWS_AT_ONCE))
+    return [_surrounded(batch, model) for batch in batches]
+
+
+def _surrounded(batch: Batch, model: ModelConfig) -> Surroundings:
+    attend = PackedCausal(batch.starts_D, len(batch.tokens_T), batch.row)
+    return Surroundings(batch, rotation(model, batch.positions_T), attend)
