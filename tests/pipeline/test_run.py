@@ -69,7 +69,8 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     bench = Bench(tmp_path)
-    monkeypatch.setattr(graph, "STEPS", tuple(bench.fake(step) for step in graph.STEPS))
+    steps = graph._steps
+    monkeypatch.setattr(graph, "_steps", lambda recipe: ((bench.fake(step), config) for step, config in steps(recipe)))
     return bench
 
 

@@ -111,10 +111,17 @@ def nested_configs(kind: type[Config], field: str) -> list[type[Config]]:
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
-    """`over` laid on `under`: tables are merged key by key, everything else is replaced."""
+    """`over` laid on `under`: tables are merged key by key, everything else is replaced.
+
+    A table whose keys all count items of a list below, from 0, changes these: `--set compress.1.bits=4`.
+    """
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
+        if isinstance(below, list) and isinstance(value, Mapping) and all(str(place).isdecimal() for place in value):
+            items = {str(place): item for place, item in enumerate(below)}
+            merged[key] = list(merge(items, value).values())
+            continue
         merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return merged
 

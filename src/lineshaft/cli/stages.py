@@ -10,19 +10,20 @@ import json
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lineshaft.base.config import Config, Table, load, parse_assignment
-from lineshaft.base.errors import NotFound
+from lineshaft.base.errors import ConfigError, NotFound
 from lineshaft.base.manifest import Kind
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Artifact, Store
 from lineshaft.cli.options import DEFAULT_STORE, JsonOption, SetOption, StoreOption
 from lineshaft.compress.stage import COMPRESS
+from lineshaft.compress.steps import STEPS as COMPRESSING
 from lineshaft.data.ingest import INGEST
 from lineshaft.data.tokenizer import TRAIN_TOKENIZER
 from lineshaft.data.tokens import TOKENIZE
@@ -42,6 +43,12 @@ class Command:
     stage: Stage[Any]
     help: str
     main: str | None
+    steps: Mapping[str, Stage[Any]] = field(default_factory=dict)
+    """Other stages that the command carries out instead, chosen with --step; `stage` is among them."""
+
+    def stages(self) -> list[Stage[Any]]:
+        """All that it can carry out, the usual one first."""
+        return [self.stage, *(stage for stage in self.steps.values() if stage is not self.stage)]
 
 
 COMMANDS = (
@@ -50,7 +57,7 @@ COMMANDS = (
     Command("tokens", TOKENIZE, "Turn a corpus into token shards with a tokenizer.", "tokenizer"),
     Command("train", PRETRAIN, "Train a model on token shards. Makes a checkpoint.", "tokens"),
     Command("finetune", FINETUNE, "Train a dense checkpoint further, on tokens made with its tokenizer. Makes a checkpoint.", "checkpoint"),
-    Command("compress", COMPRESS, "Store a checkpoint's weights in fewer bits. Makes a checkpoint.", "checkpoint"),
+    Command("compress", COMPRESS, "Make a checkpoint smaller or faster. Makes a checkpoint.", "checkpoint", COMPRESSING),
     Command("evaluate", EVALUATE, "Measure a checkpoint: quality, size, speed, memory, cost. Makes a report.", "checkpoint"),
     Command("adopt", ADOPT, "Take a Hugging Face folder into the store. Makes a checkpoint.", None),
 )
@@ -71,12 +78,13 @@ def _function(command: Command) -> Callable[..., None]:
     def carry_out(**given: Any) -> None:
         store = Store(given.pop("store"))
         assignments, as_json = given.pop("assignments") or [], given.pop("as_json")
-        parents = _parents(store, command, {role: given.pop(role) for role in command.stage.parents})
-        config = _config(command.stage.config, {name: value for name, value in given.items() if value is not None}, assignments)
-        made = command.stage(store, config, **parents)
+        stage = _chosen(command, given.pop("step", None))
+        named = {role: given.pop(role) for role in _roles(command)}
+        config = _config(stage.config, {name: value for name, value in given.items() if value is not None}, assignments)
+        made = stage(store, config, **_parents(store, command, stage, named))
         print(json.dumps({"id": made.id, "path": str(made.root), "facts": made.manifest.facts}, ensure_ascii=False) if as_json else made.id)
 
-    carry_out.__signature__ = inspect.Signature([*_arguments(command), *_options(command.stage.config), *_common()])  # type: ignore[attr-defined]  # functions have it, mypy does not know; Typer reads it
+    carry_out.__signature__ = inspect.Signature([*_arguments(command), *_options(command), *_common()])  # type: ignore[attr-defined]  # functions have it, mypy does not know; Typer reads it
     return carry_out
 
 
@@ -84,9 +92,22 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
+def _chosen(command: Command, step: str | None) -> Stage[Any]:
+    if step is None:
+        return command.stage
+    if step not in command.steps:
+        raise ConfigError(f'--step "{step}": one of {", ".join(command.steps)}')
+    return command.steps[step]
+
+
+def _roles(command: Command) -> dict[str, Kind]:
+    """What any of the command's stages works from."""
+    return {role: kind for stage in command.stages() for role, kind in stage.parents.items()}
+
+
 def _arguments(command: Command) -> list[inspect.Parameter]:
     found = []
-    for role, kind in command.stage.parents.items():
+    for role, kind in _roles(command).items():
         text = f"The {kind}: {_GIVEN_AS.get(kind, 'reference or artifact id')}"
         if role == command.main:
             found.append(_parameter(role, Annotated[str, typer.Argument(help=f"{text}.")]))
@@ -96,17 +117,21 @@ def _arguments(command: Command) -> list[inspect.Parameter]:
     return found
 
 
-def _options(config: type[Config]) -> list[inspect.Parameter]:
+def _options(command: Command) -> list[inspect.Parameter]:
     """An argument for each field that must be given, an option for each other one that holds a single plain value."""
     found = []
-    for name, field in config.model_fields.items():
-        if not _is_plain(field.annotation):
+    if command.steps:
+        told = f"What to do; each has further settings (--set), docs/compression.md tells which. Default: {next(iter(command.steps))}."
+        option = typer.Option("--step", help=told, metavar="|".join(command.steps))
+        found.append(_parameter("step", Annotated[str | None, option], None))
+    for name, about in command.stage.config.model_fields.items():
+        if not _is_plain(about.annotation) or (name == "step" and command.steps):
             continue  # `--set` reaches the nested ones
-        text, metavar = field.description or name, _metavar(field.annotation)
-        if field.is_required():
+        text, metavar = about.description or name, _metavar(about.annotation)
+        if about.is_required():
             found.append(_parameter(name, Annotated[str, typer.Argument(help=text)]))
             continue
-        shown = f"{text} Default: {'null' if field.default is None else field.default}."
+        shown = f"{text} Default: {'null' if about.default is None else about.default}."
         option = typer.Option(f"--{name.replace('_', '-')}", help=shown, metavar=metavar)
         found.append(_parameter(name, Annotated[str | None, option], None))
     return found
@@ -151,12 +176,14 @@ def _config(kind: type[Config], given: dict[str, str], assignments: list[str]) -
     return load(kind, table)
 
 
-def _parents(store: Store, command: Command, named: dict[str, str | None]) -> dict[str, Artifact]:
+def _parents(store: Store, command: Command, stage: Stage[Any], named: dict[str, str | None]) -> dict[str, Artifact]:
     if command.main is None:
         return {}
-    main = _artifact(store, str(named[command.main]), command.stage.parents[command.main])
+    if unused := [role for role, name in named.items() if name is not None and role not in stage.parents]:
+        raise ConfigError(f"--{unused[0]}: {stage.name} works without it: leave it out")
+    main = _artifact(store, str(named[command.main]), stage.parents[command.main])
     found = {command.main: main}
-    for role, kind in command.stage.parents.items():
+    for role, kind in stage.parents.items():
         if role != command.main:
             name = named[role]
             found[role] = _artifact(store, name, kind) if name else _ancestor(store, main, kind)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -119,10 +119,6 @@ class SmoothConfig(CalibrationConfig):
     """Only where a norm writes; else the rows of v, up and kv_b are divided as well."""
     proof_nats: PositiveFloat = 0.02
     """Nats a token by which next-token chances on a golden text may differ from the source's; more, and nothing is kept."""
-
-
-AnyStep = Annotated[CompressConfig | GptqConfig | AwqConfig | SmoothConfig, Field(discriminator="step")]
-"""One step of `compress`."""
 
 
 def coding(name: str) -> Format:

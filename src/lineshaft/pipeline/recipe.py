@@ -11,7 +11,7 @@ from pydantic import Field
 
 from lineshaft.base.config import Config, Table, flatten, load, merge, nest, parse_assignment, read_yaml
 from lineshaft.base.errors import ConfigError
-from lineshaft.compress.config import CompressConfig
+from lineshaft.compress.steps import Steps
 from lineshaft.data.ingest import IngestConfig
 from lineshaft.data.tokenizer import TokenizerConfig
 from lineshaft.data.tokens import TokenizeConfig
@@ -29,11 +29,17 @@ class Recipe(Config):
     tokenizer: TokenizerConfig = TokenizerConfig()
     tokens: TokenizeConfig = TokenizeConfig()
     train: TrainConfig = TrainConfig()
-    compress: CompressConfig | None = None
-    """Leave it out to keep the checkpoint as it was trained."""
+    compress: Steps | None = None
+    """A step, such as `{step: awq, bits: 4}`, or a list of them; leave it out to keep the checkpoint as it was trained."""
     evaluate: EvaluateConfig | None = EvaluateConfig()
     serve: AnswerConfig | None = None
     """One question to the served model at the end."""
+
+    def compressing(self) -> list[Config]:
+        """The steps of `compress`, one or several, in order."""
+        if self.compress is None:
+            return []
+        return list(self.compress) if isinstance(self.compress, list) else [self.compress]
 
 
 @dataclass(frozen=True)
