@@ -106,7 +106,7 @@ class AwqConfig(_Calibrated):
     points: int = Field(20, ge=1, le=1000)
     """Scales that are tried of each of two kinds, a junction."""
     clip: bool = True
-    """Search for where to clip each group of weights as well."""
+    """Search for where to clip each group of 4-bit weights as well, where as many tokens came to a layer as a group has inputs."""
 
 
 class SmoothConfig(CalibrationConfig):

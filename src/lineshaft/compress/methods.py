@@ -91,7 +91,7 @@ class Awq:
         return _chosen(part, self.config)
 
     def treat(self, part: Part, seen: Mapping[str, Inputs]) -> dict[str, Tensor]:
-        """See Method. A layer that no token came to has no say in scales, and is not clipped."""
+        """See Method. A layer that no token came to has no say in scales."""
         linears, scales = _chosen(part, self.config), {}
         read_by: dict[str, Tensor] = {}
         for junction in part.junctions():
@@ -119,7 +119,8 @@ class Awq:
 
     def _codes(self, linear: Linear, fmt: Integer, inputs: Inputs | None, s_I: Tensor | None) -> dict[str, Tensor]:
         weight_OI = linear.dense_weight(torch.float32)
-        if inputs is None or not self.config.clip:
+        # Eight bits have steps to spare; and fewer tokens than a group has inputs say nothing of some of its weights.
+        if inputs is None or not self.config.clip or fmt.bits == 8 or len(inputs.sample_SI) < (fmt.group or linear.in_features):
             return fmt.encode(weight_OI)
         return awq.clipped(weight_OI, fmt, inputs.sample_SI if s_I is None else inputs.sample_SI / s_I)
 
