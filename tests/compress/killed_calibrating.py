@@ -3,7 +3,7 @@
     python killed_calibrating.py FOLDER
 
 Killed just before each thing that a saving asks of the system (every seventh), and right after it. Prints digest and parts done of an
-undisturbed run, and of each rerun. Each run is a fork, as in killed_training.py, whose helpers serve here.
+undisturbed run, and of each rerun. Each run is a fork, as in killed_training.py, whose helpers serve here (PYTHONPATH).
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
-
-for folder in ("model", "train"):
-    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 
 import calibrated_line
 import torch

@@ -128,9 +128,10 @@ def test_layers_may_differ_in_width_and_be_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", ["gptq", "awq"])
 def test_what_does_not_fit_is_refused_by_name(step: str, tmp_path: Path) -> None:
     made = line(tmp_path / "store", "llama")
-    with pytest.raises(ConfigError, match=r"compress: model\.layers\.0\.\S+: int4: 32 inputs are not a multiple of 128; .* or add it to skip"):
+    told = r"compress: model\.layers\.0\.\S+: int4: 32 inputs are not a multiple of 128; .* or add it to skip"
+    with pytest.raises(ConfigError, match=told):
         made.compress(step, **ROWS)
-    with pytest.raises(ConfigError, match='policy: "\\*.atn.\\*" is no layer'):
+    with pytest.raises(ConfigError, match=r'policy: "\*\.atn\.\*" is no layer'):
         made.compress(step, **(INT8 | {"policy": {"*.atn.*": "int8"}}))
     again = Line(made.store, made.compress("round"), made.tokens)
     for other in (step, "smooth"):
@@ -147,11 +148,12 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
 
 
 SCALE = "model.layers.0.self_attn.o_proj.weight_scale"
+EXPERT = "model.layers.1.mlp.experts"
 MUTATIONS = {
     "a dropped scale": (lambda t: without(t, SCALE), f"{SCALE} was not written"),
     "an inverted scale": (lambda t: with_other(t, SCALE, lambda s: 1 / s), "self_attn.o_proj: weights lie"),
     "a scale of half the value": (lambda t: with_other(t, SCALE, lambda s: s / 2), "self_attn.o_proj: weights lie"),
-    "swapped experts": (lambda t: swapped(t, "model.layers.1.mlp.experts.0", "model.layers.1.mlp.experts.1"), "experts.0.gate_proj: weights"),
+    "swapped experts": (lambda t: swapped(t, f"{EXPERT}.0", f"{EXPERT}.1"), f"{EXPERT}.0.gate_proj: weights lie"),
     "a norm that changed": (lambda t: with_other(t, "model.norm.weight", lambda w: w * 1.001), "model.norm.weight is not what it was"),
     "a norm that was scaled twice": (
         lambda t: with_other(t, "model.layers.0.input_layernorm.weight", lambda w: w * 0.5),
