@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import letter_line
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -78,11 +79,15 @@ def test_the_model_and_the_baseline_are_asked_the_same(heldout: TokenStream, par
 @pytest.mark.parametrize(("max_tokens", "rows"), [(1, 1), (ROW, 1), (3 * ROW, 3), (11 * ROW + 5, 11), (10**9, None)])
 def test_whole_rows_are_read_up_to_the_limit(heldout: TokenStream, max_tokens: int, rows: int | None) -> None:
     reader = RowReader(heldout, ROW)
-    batches = list(HeldOut(reader, ONE_BYTE, max_tokens).batches())
+    pairs = list(HeldOut(reader, ONE_BYTE, max_tokens).batches())
+    batches = [batch for batch, _ in pairs]
     tokens = torch.cat([batch.tokens_T for batch in batches]).numpy()
     assert len(tokens) == (rows or reader.rows) * ROW
     assert (tokens == heldout.read(0, len(tokens))).all()
     assert max(len(batch.tokens_T) for batch in batches) <= ROWS_AT_ONCE * ROW
+    begins = np.zeros(len(tokens), int)
+    begins[heldout.starts()[heldout.starts() < len(tokens)]] = 1
+    assert (torch.cat([document_T for _, document_T in pairs]).numpy() == begins.cumsum() - 1).all()
 
 
 def test_bytes_are_counted_by_target(heldout: TokenStream) -> None:

@@ -133,11 +133,11 @@ def test_a_failing_stage_leaves_the_reference_where_it_was(bench: Bench, monkeyp
     def fail(draft: Draft, config: Any) -> None:
         raise Corrupt("broken on purpose")
 
-    steps = [
-        dataclasses.replace(step, stage=dataclasses.replace(step.stage, build=fail)) if step.name == "serve" else step
-        for step in graph.STEPS
-    ]
-    monkeypatch.setattr(graph, "STEPS", tuple(steps))
+    def failing(step: graph.Step) -> graph.Step:
+        return dataclasses.replace(step, stage=dataclasses.replace(step.stage, build=fail)) if step.name == "serve" else step
+
+    steps = graph._steps
+    monkeypatch.setattr(graph, "_steps", lambda recipe: ((failing(step), config) for step, config in steps(recipe)))
     with pytest.raises(Corrupt, match="on purpose"):
         bench.run(train__seed=5)
     assert bench.store.refs() == {"tiny": before}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lineshaft.base.terminal import bar
 from lineshaft.evaluate.bigram import Bigram
@@ -28,6 +29,22 @@ class Score:
     tokens: int = 0
     correct: int = 0
     text_bytes: int = 0
+    by_document: dict[int, list[float]] = field(default_factory=dict)
+    """Document to its own [nats, tokens, correct]: what two models are compared by."""
+    greedy: list[Tensor] = field(default_factory=list)
+    """The most likely token at each predicted place, in order; of a model only."""
+
+    def add(self, nats_R: Tensor, correct_R: Tensor, document_R: Tensor) -> None:
+        """Count predictions: what each cost, whether the most likely token was it, and the document it belongs to."""
+        self.nats += float(nats_R.sum())
+        self.correct += int(correct_R.sum())
+        self.tokens += len(nats_R)
+        parts_R3 = torch.stack([nats_R.double(), torch.ones_like(nats_R, dtype=torch.float64), correct_R.double()], 1)
+        numbers, place_R = torch.unique(document_R, return_inverse=True)
+        sums_D3 = torch.zeros(len(numbers), 3, dtype=torch.float64).index_add_(0, place_R, parts_R3)
+        for number, sums in zip(numbers.tolist(), sums_D3.tolist(), strict=True):
+            before = self.by_document.setdefault(number, [0.0, 0.0, 0.0])
+            before[:] = [old + new for old, new in zip(before, sums, strict=True)]
 
     @property
     def loss(self) -> float:
@@ -64,13 +81,13 @@ class HeldOut:
     def _byte_table(self) -> torch.Tensor:
         return torch.tensor(self.bytes_of_token)
 
-    def batches(self) -> Iterator[Batch]:
-        """The rows in order."""
+    def batches(self) -> Iterator[tuple[Batch, Tensor]]:
+        """The rows in order, and the document of each token."""
         rows = min(self.reader.rows, max(1, self.max_tokens // self.reader.row))
         with bar("score", rows) as progress:
             for first in range(0, rows, ROWS_AT_ONCE):
                 last = min(rows, first + ROWS_AT_ONCE)
-                yield self.reader.batch(np.arange(first, last))
+                yield self.reader.batch(np.arange(first, last)), self.reader.documents(np.arange(first, last))
                 progress.advance(last - first)
 
     def text_bytes(self, targets: torch.Tensor) -> int:
@@ -82,14 +99,13 @@ class HeldOut:
 def score_model(model: Decoder, text: HeldOut) -> Score:
     """Run the model over the held-out rows, in the precision its weights have, log-probabilities in float32."""
     score = Score()
-    for batch in text.batches():
+    for batch, document_T in text.batches():
         attend = PackedCausal(batch.starts_D, len(batch.tokens_T), batch.row)
         logits_TV = model(batch.tokens_T, batch.positions_T, attend).float()
         counted = batch.targets_T != IGNORE
-        targets = batch.targets_T[counted]
-        score.nats += F.cross_entropy(logits_TV[counted], targets, reduction="sum").item()
-        score.correct += int((logits_TV[counted].argmax(-1) == targets).sum())
-        score.tokens += len(targets)
+        targets, logits_RV = batch.targets_T[counted], logits_TV[counted]
+        score.greedy.append(logits_RV.argmax(-1))
+        score.add(F.cross_entropy(logits_RV, targets, reduction="none"), score.greedy[-1] == targets, document_T[counted])
         score.text_bytes += text.text_bytes(targets)
     return score
 
@@ -97,7 +113,7 @@ def score_model(model: Decoder, text: HeldOut) -> Score:
 def score_bigram(bigram: Bigram, text: HeldOut) -> Score:
     """The same rows and the same targets, predicted from the token before alone."""
     score = Score()
-    for batch in text.batches():
+    for batch, _ in text.batches():
         counted = batch.targets_T != IGNORE
         targets = batch.targets_T[counted]
         score.nats -= float(bigram.log_prob(batch.tokens_T[counted].numpy(), targets.numpy()).sum())

@@ -70,10 +70,12 @@ def _build(draft: Draft, config: EvaluateConfig) -> None:
         subject=checkpoint.id,
         format=", ".join(sorted(quantised)) or "dense",
         metrics=_quality(score, baseline) | _size(model, checkpoint, config.engine),
+        documents=[[number, *sums] for number, sums in sorted(score.by_document.items())],
         notes=["Quality is computed with FP32 activations; held-out documents were never trained on.", *_engine_notes(config.engine)],
     )
     metrics, samples = _speed(speed, config)
-    write_report(draft, report, Measured(metrics=metrics, samples=samples, machine=machine() | {"threads": speed.threads}))
+    measured = Measured(metrics=metrics, samples=samples, machine=machine() | {"threads": speed.threads})
+    write_report(draft, report, measured, torch.cat(score.greedy).numpy())
 
 
 def _engine_notes(engine: EngineConfig) -> list[str]:
@@ -160,7 +162,7 @@ def _speed(speed: Speed, config: EvaluateConfig) -> tuple[dict[str, float], dict
 EVALUATE = Stage(
     name="evaluate",
     kind="report",
-    version=1,
+    version=2,
     config=EvaluateConfig,
     build=_build,
     parents={"checkpoint": "checkpoint", "tokens": "tokens"},

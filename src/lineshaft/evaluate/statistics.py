@@ -72,6 +72,15 @@ def compare(
     return Comparison(_ratio(more_R, weight_R, error), _ratio(more_R, old_R, error), _bootstrap(more_R, weight_R, error, resamples, seed))
 
 
+def share_of(part_R: npt.ArrayLike, whole_R: npt.ArrayLike, error: float = 0.05) -> Interval:
+    """sum part / sum whole over independent rows, such as tokens on which two models agree, by documents. Raises ConfigError for fewer
+    than two rows, rows that do not match, and a whole that is not positive."""
+    parts, wholes = np.asarray(part_R, np.float64), np.asarray(whole_R, np.float64)
+    if parts.shape != wholes.shape or parts.ndim != 1 or len(parts) < 2 or not (wholes > 0).all():
+        raise ConfigError(f"a share takes two rows or more, with a positive whole each: {list(parts.shape)} and {list(wholes.shape)}")
+    return _ratio(parts, wholes, error)
+
+
 def _checked(*rows: npt.ArrayLike) -> tuple[Floats, Floats, Floats]:
     old_R, new_R, weight_R = (np.asarray(item, np.float64) for item in rows)
     if not old_R.shape == new_R.shape == weight_R.shape or old_R.ndim != 1 or len(old_R) < 2:

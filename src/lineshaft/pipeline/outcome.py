@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lineshaft.base.store import Artifact
+from lineshaft.evaluate.compared import Compared, compared
 from lineshaft.records.exchange import Exchange, Timing, read_exchanges
 from lineshaft.records.report import Measured, Report, read_report
 
@@ -84,6 +85,12 @@ class Outcome:
             report, measured = read_report(node.artifact)
             found.append(Variant(node.name.removeprefix("evaluate_"), node, report, measured, checkpoints.get(report.subject)))
         return sorted(found, key=lambda variant: variant.compressed)
+
+    def comparisons(self) -> list[tuple[str, Compared]]:
+        """Each compressed variant beside the first one: its label, and what it lost."""
+        variants = self.variants()
+        pairs = [(item.label, compared(variants[0].node.artifact, item.node.artifact)) for item in variants[1:]]
+        return [(label, found) for label, found in pairs if found is not None]
 
     def history(self) -> list[dict[str, Any]]:
         """The logged training steps (`step`, `loss`, ...) of the first checkpoint that has them."""

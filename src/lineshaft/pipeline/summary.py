@@ -35,7 +35,8 @@ def print_summary(outcome: Outcome, console: Console, *, page: Path | None = Non
         console.print()
         console.print(_metrics(variants[0], rest[first : first + COMPARED_AT_ONCE]))
     console.print()
-    for sentence in (bigram_sentence(variants), dropped_sentence(outcome)):
+    lost = [f"{label} against {variants[0].label}: {found.sentence()}" for label, found in outcome.comparisons()]
+    for sentence in (*lost, bigram_sentence(variants), dropped_sentence(outcome)):
         if sentence:
             console.print(Text(printable(sentence)))
     for exchange, _ in outcome.exchanges():
@@ -63,6 +64,7 @@ def summary_json(outcome: Outcome) -> dict[str, Any]:
             | {"metrics": item.metrics, "notes": item.report.notes}
             for item in outcome.variants()
         ],
+        "comparisons": [{"name": label} | found.table() for label, found in outcome.comparisons()],
         "exchanges": [exchange.model_dump() | timing.model_dump() for exchange, timing in outcome.exchanges()],
     }
 

@@ -10,12 +10,17 @@ import json
 import math
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from lineshaft.base.catalogue import metric
 from lineshaft.base.config import Config, load
 from lineshaft.base.errors import StoreError
 from lineshaft.base.store import Artifact, Draft
 
 REPORT_FILE = "report.json"
+GREEDY_FILE = "greedy.bin"
+"""The most likely token at each predicted place of the held-out text, little-endian uint32; documents one after another."""
 MEASURED_FILE = "measured.json"
 
 
@@ -30,6 +35,8 @@ class Report(Config):
     """Catalogue name to value."""
     notes: list[str] = []
     """Sentences that a reader needs to read the numbers right."""
+    documents: list[list[float]] = []
+    """Of each held-out document: its number, nats, predicted tokens, and how many of these were the most likely one."""
 
 
 class Measured(Config):
@@ -41,8 +48,8 @@ class Measured(Config):
     machine: dict[str, Any] = {}
 
 
-def write_report(draft: Draft, report: Report, measured: Measured) -> None:
-    """Write both files into the draft.
+def write_report(draft: Draft, report: Report, measured: Measured, greedy: npt.NDArray[np.int64] | None = None) -> None:
+    """Write the files into the draft; `greedy`: the most likely tokens, for GREEDY_FILE.
 
     A name that is not in the catalogue, or on the wrong side, is a KeyError; a value that is not finite is a StoreError,
     since neither JSON nor a comparison can hold it.
@@ -53,12 +60,20 @@ def write_report(draft: Draft, report: Report, measured: Measured) -> None:
         text = json.dumps(half.model_dump(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         (draft.root / name).write_text(text, encoding="utf-8")
     draft.aside_files.add(MEASURED_FILE)
+    if greedy is not None:
+        (draft.root / GREEDY_FILE).write_bytes(greedy.astype("<u4").tobytes())
 
 
 def read_report(artifact: Artifact) -> tuple[Report, Measured]:
     """Both halves of a report artifact."""
     report = load(Report, json.loads(artifact.path(REPORT_FILE).read_bytes()), where=REPORT_FILE)
     return report, load(Measured, json.loads(artifact.path(MEASURED_FILE).read_bytes()), where=MEASURED_FILE)
+
+
+def read_greedy(artifact: Artifact) -> npt.NDArray[np.int64] | None:
+    """The most likely tokens; None where the report has none."""
+    path = artifact.path(GREEDY_FILE)
+    return np.frombuffer(path.read_bytes(), "<u4").astype(np.int64) if path.is_file() else None
 
 
 def _check(metrics: dict[str, float], *, measured: bool) -> None:

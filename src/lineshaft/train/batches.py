@@ -60,6 +60,11 @@ class RowReader:
         positions = np.arange(len(rows) * self.row) - np.repeat(starts, lengths)
         return Batch(_tensor(tokens[:, :-1]), _tensor(positions), _tensor(targets), _tensor(starts), row=self.row)
 
+    def documents(self, rows: npt.NDArray[np.int64]) -> Tensor:
+        """The number of the document, from 0, that each token of these rows belongs to, int64 [T]."""
+        places = rows[:, None] * self.row + np.arange(self.row)
+        return _tensor(np.searchsorted(self._starts, places, side="right") - 1)
+
 
 def _tensor(numbers: npt.NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(numbers.reshape(-1)))  # rows of one token reshape to a view with gaps

@@ -80,6 +80,7 @@ def render_page(outcome: Outcome) -> str:
         lineage=lineage_figure(outcome),
         rows=metric_rows(variants),
         notes=notes(variants),
+        comparisons=outcome.comparisons(),
         machines=machines(variants),
         exchanges=outcome.exchanges(),
     )
