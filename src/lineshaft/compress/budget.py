@@ -29,8 +29,6 @@ Floats = npt.NDArray[np.float64]
 
 _ROUNDING = 1e-9
 """Share of the sums compared by which they may be off, generously: what is kept for it is only looked at in vain."""
-_HALVINGS = 200
-"""Of the interval in which the price lies: from any spread of damages down to where float64 has no more numbers between."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +153,7 @@ def _price(table: _Table, budget: int) -> _Price:
     low, high = 0.0, 2 * float(np.ptp(finite)) + 1  # a byte for more than all that damages can differ by
     if best_U(low)[0].sum() <= budget:
         high = low
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high:  # until float64 has no number between
         low, high = (low, middle) if best_U(middle)[0].sum() <= budget else (middle, high)
     bytes_U1, damage_U1 = best_U(high)
     bound = float(damage_U1.sum()) + high * float(bytes_U1.sum() - budget)
