@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+from itertools import chain
 from pathlib import Path
 
 import letter_line
 import pytest
-import torch
 from filled import filled
 from shapes import SHAPES
 from texts import batch, documents
@@ -86,9 +86,9 @@ def test_what_cannot_be_reached_is_told_with_what_can() -> None:
         made("llama", bits=4.0)
     with pytest.raises(ConfigError, match="skip leaves no layer"):
         made("llama", bits=6.0, skip=["*"])
-    for wrong, told in (({"formats": ["int5"]}, '"int5" is none'), ({"formats": []}, "at least one"), ({"formats": ["fp8"]}, '"fp8" is none')):
+    for wrong, told in ((["int5"], '"int5" is none'), ([], "at least one"), (["fp8"], '"fp8" is none')):
         with pytest.raises(ConfigError, match=told):
-            load(BudgetConfig, {"bits": 5.0, **wrong}, "budget")
+            load(BudgetConfig, {"bits": 5.0, "formats": wrong}, "budget")
 
 
 def test_calibration_rows_lie_evenly_over_the_training_text(tmp_path: Path) -> None:
@@ -96,10 +96,11 @@ def test_calibration_rows_lie_evenly_over_the_training_text(tmp_path: Path) -> N
     letters = letter_line.tokenizer(store)
     texts = letter_line.documents(1, 60)
     tokens = letter_line.tokens(store, letters, texts, letter_line.documents(2, 9))
-    stream = torch.tensor(sum(texts, []))
+    stream = list(chain.from_iterable(texts))
     rows = calibration(tokens, BudgetConfig(bits=5.0, rows=4, row_tokens=32))
     last = (len(stream) - 1) // 32 - 1
-    assert [row.tokens_T.tolist() for row in rows] == [stream[32 * at : 32 * at + 32].tolist() for at in (0, last // 3, 2 * last // 3, last)]
+    firsts = [32 * at for at in (0, last // 3, 2 * last // 3, last)]
+    assert [row.tokens_T.tolist() for row in rows] == [stream[first : first + 32] for first in firsts]
     assert len(calibration(tokens, BudgetConfig(bits=5.0, rows=10**6, row_tokens=32))) == last + 1
     with pytest.raises(TrainingError, match="too few for one row"):
         calibration(tokens, BudgetConfig(bits=5.0, row_tokens=10**5))

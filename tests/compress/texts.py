@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -27,7 +28,9 @@ def batch(texts: Documents) -> Batch:
     targets = [target for text in texts for target in (*text[1:], IGNORE)]
     starts = np.cumsum([0, *lengths[:-1]])
     positions = [place for length in lengths for place in range(length)]
-    return Batch(*(torch.tensor(row) for row in (sum(texts, []), positions, targets)), torch.tensor(starts), row=sum(lengths))
+    return Batch(
+        *(torch.tensor(row) for row in (list(chain.from_iterable(texts)), positions, targets)), torch.tensor(starts), row=sum(lengths)
+    )
 
 
 def logits_of_each(model: Decoder, texts: Documents) -> Tensor:
