@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/bit_budget.py --store FOLDER [--models llama ...] [--plot FILE.svg] [--json FILE]
 
 Weights are first rounded to bfloat16, so that a dense one costs 16 bits; arithmetic is float32 in plain PyTorch. The output projection
-stays dense and is not counted. Calibration rows come from the training text; loss and divergence are those of the first 192 tokens of held-out
-documents, with the 95 % interval of paired differences over documents. Models are those of fidelity_models.py.
+stays dense and is not counted. Calibration rows come from the training text. Loss and divergence are those of the first 192 tokens of
+held-out documents, with the 95 % interval of paired differences over documents. Models are those of fidelity_models.py.
 """
 
 from __future__ import annotations
