@@ -86,6 +86,9 @@ def test_what_cannot_be_reached_is_told_with_what_can() -> None:
         made("llama", bits=4.0)
     with pytest.raises(ConfigError, match="skip leaves no layer"):
         made("llama", bits=6.0, skip=["*"])
+    model = filled(SHAPES["llama"])
+    with pytest.raises(ConfigError, match=r"rows of 257 tokens exceed the model's max_position_embeddings 256: lower row_tokens"):
+        plan(model, [batch(documents(0, [257], 61))], BudgetConfig(bits=6.0))
     for wrong, told in ((["int5"], '"int5" is none'), ([], "at least one"), (["fp8"], '"fp8" is none')):
         with pytest.raises(ConfigError, match=told):
             load(BudgetConfig, {"bits": 5.0, "formats": wrong}, "budget")

@@ -88,7 +88,7 @@ def test_the_model_is_left_as_it_was(measure: object, training: bool) -> None:
 def test_it_is_put_back_when_a_run_fails() -> None:
     model = filled(SHAPES["llama"])
     before = everything_of(model)
-    model.linears()["model.layers.2.mlp.down_proj"].weight.data[0, 0] = torch.nan
+    model.linears()["model.layers.2.self_attn.v_proj"].weight.data[0, 0] = torch.nan  # others already stand in for q and k then
     with pytest.raises(ConfigError, match="not a number"):
         divergences(model, [batch(texts_for(model)[0])], units(model), ["int4-8"])
     assert same(before, everything_of(model))
@@ -160,7 +160,7 @@ def trained() -> tuple[Decoder, list[Batch]]:
     model = Decoder(ModelConfig.model_validate(config))
     model.initialise(1)
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for step in range(250):
+    for step in range(160):
         optimiser.zero_grad()
         one = batch(letter_line.documents(step, 12))
         wanted = one.targets_T[one.targets_T != IGNORE]

@@ -105,6 +105,9 @@ def plan(model: Decoder, batches: Sequence[Batch], config: BudgetConfig) -> Plan
     own = units(model, config.skip, config.tied)
     if not own:
         raise ConfigError("plan: skip leaves no layer to choose a format for")
+    longest, most = max(int(batch.positions_T.max()) + 1 for batch in batches), model.config.max_position_embeddings
+    if longest > most:
+        raise ConfigError(f"plan: rows of {longest} tokens exceed the model's max_position_embeddings {most}: lower row_tokens")
     weights = sum(linear_of(model, name).in_features * linear_of(model, name).out_features for unit in own for name in unit.layers)
     sizes = {unit.name: _sizes(model, unit, config.formats) for unit in own}
     least = 8 * sum(min(of_unit.values()) for of_unit in sizes.values()) / weights
