@@ -55,7 +55,7 @@ class FakeInteger:
     @property
     def top(self) -> int:
         """The largest code."""
-        return 2**self.real.bits - 1
+        return (1 << self.real.bits) - 1
 
     def encode(self, weight_OI: Tensor) -> dict[str, Tensor]:
         """See Format; the tensors are parameters. Raises ConfigError also for weights that are not finite."""
@@ -190,11 +190,24 @@ def begin(model: Decoder, config: CompressConfig, clip: str = "mse") -> list[str
     return sorted(layers)
 
 
-def finish(model: Decoder) -> dict[str, Tensors]:
-    """Store the integers that training ended with, in place; the tensors of training by layer, for a proof of what is written."""
-    trained: dict[str, Tensors] = {}
+@dataclass(frozen=True)
+class Learnt:
+    """What training left of a layer."""
+
+    format: FakeInteger
+    tensors: Tensors
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        """The weight that the product used, float32 [O, I]."""
+        return self.format.decode(self.tensors, torch.float32)
+
+
+def finish(model: Decoder) -> dict[str, Learnt]:
+    """Store the integers that training ended with, in place; what was learnt, by layer, for a proof of what is then written."""
+    learnt: dict[str, Learnt] = {}
     for name, linear in model.linears().items():
-        if isinstance(linear.format, FakeInteger):
-            fmt, trained[name] = linear.format, linear.tensors()
-            linear.hold(fmt.real, fmt.stored(trained[name]))
-    return trained
+        if isinstance(fmt := linear.format, FakeInteger):
+            learnt[name] = Learnt(fmt, linear.tensors())
+            linear.hold(fmt.real, fmt.stored(learnt[name].tensors))
+    return learnt
