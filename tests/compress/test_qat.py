@@ -112,7 +112,9 @@ def gradients(fake: FakeInteger, tensors: dict[str, Tensor], grad_OI: Tensor) ->
     return {name: tensor.grad for name, tensor in tensors.items() if tensor.grad is not None}
 
 
-@pytest.mark.parametrize("fmt", [Integer(8, 8), Integer(4), Integer(4, 8), Integer(4, symmetric=False), Integer(4, 8, symmetric=False)], ids=repr)
+@pytest.mark.parametrize(
+    "fmt", [Integer(8, 8), Integer(4), Integer(4, 8), Integer(4, symmetric=False), Integer(4, 8, symmetric=False)], ids=repr
+)
 @given(seed=st.integers(0, 999))
 @settings(max_examples=20)
 def test_gradients_are_those_of_pytorchs_own_learnable_quantisation(fmt: Integer, seed: int) -> None:
@@ -146,7 +148,18 @@ def test_gradients_are_those_of_pytorchs_own_learnable_quantisation(fmt: Integer
 
 @pytest.mark.parametrize(
     ("steps", "slope", "through"),
-    [(0.3, -0.3, 1), (-0.4, 0.4, 1), (6.4, -0.4, 1), (7.0, 7, 0), (7.3, 7, 0), (99.0, 7, 0), (-7.9, -0.1, 1), (-8.0, -8, 0), (-8.3, -8, 0), (-99.0, -8, 0)],
+    [
+        (0.3, -0.3, 1),
+        (-0.4, 0.4, 1),
+        (6.4, -0.4, 1),
+        (7.0, 7, 0),
+        (7.3, 7, 0),
+        (99.0, 7, 0),
+        (-7.9, -0.1, 1),
+        (-8.0, -8, 0),
+        (-8.3, -8, 0),
+        (-99.0, -8, 0),
+    ],
 )
 def test_one_weight_by_the_papers_equation(steps: float, slope: float, through: int) -> None:
     """LSQ, equation 3: round(v) - v inside the range, its ends outside; and equation 5 for the weight."""
@@ -331,7 +344,11 @@ def test_latent_attention_absorbs_the_rounded_weight() -> None:
 def test_ranges_do_not_decay_with_the_weights() -> None:
     model = model_of("deepseek-v3")
     qat.begin(model, CompressConfig(format="int8"))
-    decays = {id(parameter): group["weight_decay"] for group in adamw.build(model, OptimiserConfig()).param_groups for parameter in group["params"]}
+    decays = {
+        id(parameter): group["weight_decay"]
+        for group in adamw.build(model, OptimiserConfig()).param_groups
+        for parameter in group["params"]
+    }
     found = {name.rsplit(".", 1)[-1]: decays[id(parameter)] for name, parameter in model.named_parameters() if "proj." in name}
     assert found == {"weight": 0.1, "log_scale": 0.0}
 

@@ -8,29 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import letter_line
+import planted
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from lineshaft.base.config import load
-from lineshaft.base.errors import BadCheckpoint, ConfigError, DoesNotFit, LineshaftError
-from lineshaft.base.store import Artifact, Store
+from lineshaft.base.errors import BadCheckpoint, BrokenContract, ConfigError, DoesNotFit, LineshaftError
+from lineshaft.base.store import Artifact, Draft, Store
 from lineshaft.compress import qat, qat_stage
 from lineshaft.compress.config import CompressConfig
 from lineshaft.compress.qat_preflight import qat_memory
 from lineshaft.compress.qat_stage import QAT, QatConfig, heldout_loss
 from lineshaft.compress.stage import COMPRESS
 from lineshaft.model import fit
-from lineshaft.model.checkpoint import load_checkpoint
+from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
 from lineshaft.model.decoder import Decoder
+from lineshaft.model.junction import scale
 from lineshaft.ops.formats import DENSE, Integer
 from lineshaft.records.tokens import TokenStream
 from lineshaft.train import loop
 from lineshaft.train.batches import Batch
 from lineshaft.train.finetune import FINETUNE, FinetuneConfig
 from lineshaft.train.objective import Loss, NextToken
+from lineshaft.train.optimiser import OptimiserConfig
 from lineshaft.train.preflight import Training, train_memory
-from lineshaft.train.stage import PRETRAIN
+from lineshaft.train.stage import PRETRAIN, TrainConfig
 
 Line = tuple[Store, Artifact, Artifact]
 PLAIN = NextToken.__call__
@@ -63,7 +66,6 @@ def test_the_result_is_a_compressed_checkpoint_and_its_facts_are_true(line: Line
     assert facts["layers"] == len(formats)
     assert facts["format"] == "int4, one scale a channel"
     assert facts["parameters"] == line[1].manifest.facts["parameters"]
-    assert facts["contract"] == line[1].manifest.facts["contract"]
     heldout = TokenStream(line[2], "heldout")
     assert facts["heldout_loss_source"] == heldout_loss(dense, heldout, 16)
     assert facts["heldout_loss_after"] == heldout_loss(model, heldout, 16) < facts["heldout_loss_before"]
@@ -145,6 +147,25 @@ def test_weights_and_ranges_move(line: Line, monkeypatch: pytest.MonkeyPatch) ->
     assert any(name.endswith("shift") for name in before.keys() - still)
 
 
+def test_the_chat_contract_is_handed_on_and_one_that_was_lost_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    words = planted.with_template(store, "tokenizer", lost=False)
+    tokens = letter_line.tokens(store, words, letter_line.documents(1, 20), letter_line.documents(2, 5))
+    dense = PRETRAIN(store, letter_line.config(steps=1), tokenizer=words, tokens=tokens)
+    made = QAT(store, config(steps=1), checkpoint=dense, tokens=tokens)
+    assert made.manifest.facts["contract"] == words.manifest.facts["contract"]
+    plain = qat_stage.save_checkpoint
+
+    def careless(model: Decoder, folder: Path, tokenizer_from: Path) -> None:
+        plain(model, folder, tokenizer_from)
+        said = folder / "tokenizer_config.json"
+        said.write_text(said.read_text().replace(r"{{ '\\n' }}", ""))
+
+    monkeypatch.setattr(qat_stage, "save_checkpoint", careless)
+    with pytest.raises(BrokenContract, match=planted.SHOWN):
+        QAT(store, config(steps=1, seed=2), checkpoint=dense, tokens=tokens)
+
+
 # -- resuming ---------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +186,9 @@ def stop_at_step(number: int, line: Line, monkeypatch: pytest.MonkeyPatch, **cha
         run(line, **changes)
 
 
-@pytest.mark.parametrize("changes", [{}, POLICY | {"symmetric": True}, {"symmetric": False, "activations": "int8", "sequence_tokens": 3, "rows": 1}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, POLICY | {"symmetric": True}, {"symmetric": False, "activations": "int8", "sequence_tokens": 3, "rows": 1}], ids=str
+)
 def test_a_run_that_was_stopped_twice_ends_with_the_bytes_of_an_undisturbed_one(
     line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
@@ -253,14 +276,16 @@ def test_an_encoder_that_is_wrong_is_seen(line: Line, monkeypatch: pytest.Monkey
 def test_a_compressed_checkpoint_is_refused(line: Line) -> None:
     store, dense, tokens = line
     small = COMPRESS(store, CompressConfig(proof_nats=9.0), checkpoint=dense)
-    with pytest.raises(ConfigError, match=r"qat: .* is stored as int8, one scale a channel already; .*the checkpoint that this one was made from"):
+    with pytest.raises(
+        ConfigError, match=r"qat: .* is stored as int8, one scale a channel already; .*the checkpoint that this one was made from"
+    ):
         QAT(store, config(), checkpoint=small, tokens=tokens)
 
 
 def test_tokens_of_another_tokenizer_are_refused(line: Line) -> None:
     store, dense, _ = line
     other = letter_line.tokens(store, letter_line.tokenizer(store, version=2), letter_line.documents(1, 9), letter_line.documents(2, 9))
-    with pytest.raises(ConfigError, match="qat: .* was made with another tokenizer"):
+    with pytest.raises(ConfigError, match=r"qat: .* was made with another tokenizer"):
         QAT(store, config(), checkpoint=dense, tokens=other)
 
 
@@ -288,7 +313,7 @@ def test_it_is_refused_before_weights_load_where_it_does_not_fit(line: Line, mon
     monkeypatch.setattr(fit, "available_memory_bytes", lambda: 0)
     monkeypatch.setattr(fit, "resident_memory_bytes", lambda: 0)
     monkeypatch.setattr(qat_stage, "load_checkpoint", lambda *_, **__: pytest.fail("weights were loaded"))
-    with pytest.raises(DoesNotFit, match="qat: needs .* smallest change that fits"):
+    with pytest.raises(DoesNotFit, match=r"qat: needs .* smallest change that fits"):
         run(line, seed=9)
 
 
@@ -318,15 +343,38 @@ def test_without_held_out_text_losses_are_not_told_and_that_is_said(line: Line, 
 # -- what it is for ---------------------------------------------------------------------------------------------
 
 
-def test_it_is_better_than_training_as_long_and_rounding_then(line: Line) -> None:
-    store, dense, tokens = line
-    steps: dict[str, Any] = {"steps": 40, "save_every": 40}
-    further = FinetuneConfig.model_validate(config(**steps).model_dump(include=set(FinetuneConfig.model_fields)))
-    control = FINETUNE(store, further, checkpoint=dense, tokens=tokens)
+SMALL_LLAMA = {
+    "family": "llama",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "attention": {"kind": "gqa", "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8},
+}
+
+
+def test_it_recovers_more_than_half_of_what_4_bits_cost_a_model_trained_as_long(tmp_path: Path) -> None:
+    """Channels of very unlike sizes, which cost rounding much and the model nothing (junctions), are what training has to deal with."""
+    store, parents = letter_line.parents(tmp_path)
+    tokens, heldout = parents["tokens"], TokenStream(parents["tokens"], "heldout")
+    even = PRETRAIN(store, fast(150, 2e-2, model=SMALL_LLAMA), **parents)
+    model, luck = load_checkpoint(even.root), torch.Generator().manual_seed(1)
+    for junction in model.junctions():
+        scale(model, junction, (1.5 * torch.randn(junction.channels, generator=luck)).exp())
+    with store.draft("checkpoint", stage="by_hand", version=1, config={}, parents={"checkpoint": even}) as draft:
+        assert isinstance(draft, Draft)
+        save_checkpoint(model, draft.root, even.root)
+    dense = store.open(draft.root.parent.name)
+    budget = fast(40, 2e-3).model_dump(exclude={"model"})
+    control = FINETUNE(store, FinetuneConfig.model_validate(budget), checkpoint=dense, tokens=tokens)
     rounded = COMPRESS(store, CompressConfig(format="int4", proof_nats=9.0), checkpoint=control)
-    losses = [
-        heldout_loss(load_checkpoint(made.root), TokenStream(tokens, "heldout"), 16)
-        for made in (control, run(line, **steps), rounded)
-    ]
-    assert losses[0] < losses[1] < losses[2]
-    assert losses[2] - losses[1] > 0.5 * (losses[2] - losses[0])
+    trained = QAT(store, QatConfig.model_validate(budget), checkpoint=dense, tokens=tokens)
+    least, ours, most = (heldout_loss(load_checkpoint(made.root), heldout, 16) for made in (control, trained, rounded))
+    assert most - least > 0.1
+    assert most - ours > 0.5 * (most - least)
+
+
+def fast(steps: int, peak_lr: float, **changes: Any) -> TrainConfig:
+    own = {"steps": steps, "save_every": steps, "log_every": steps, "optimiser": OptimiserConfig(peak_lr=peak_lr)}
+    return letter_line.config(rows=8, **own, **changes)
