@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import SHAPES
 from torch import Tensor
+from toys import Theirs, agree, logits_of, prompt, written_by_transformers
 
 from lineshaft.base.errors import ConfigError
 from lineshaft.compress import qat
@@ -20,6 +22,7 @@ from lineshaft.compress.config import CompressConfig
 from lineshaft.compress.qat import FakeInteger, clipped
 from lineshaft.compress.stage import compress
 from lineshaft.model.attend import LatentQuery, PackedCausal
+from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.linear import Linear
 from lineshaft.ops.formats import DENSE, Integer
@@ -351,6 +354,19 @@ def test_ranges_do_not_decay_with_the_weights() -> None:
     }
     found = {name.rsplit(".", 1)[-1]: decays[id(parameter)] for name, parameter in model.named_parameters() if "proj." in name}
     assert found == {"weight": 0.1, "log_scale": 0.0}
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_transformers_gives_the_logits_that_were_trained(name: str, tmp_path: Path) -> None:
+    model = load_checkpoint(written_by_transformers(name, tmp_path / "hf").folder)
+    qat.begin(model, CompressConfig(format="int4", policy={"*.self_attn.*": "int4-8"}))
+    shake(model)
+    ours = logits_of(model, prompt(20))
+    qat.finish(model)
+    save_checkpoint(model, tmp_path / "out", tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=transformers.CompressedTensorsConfig())
+    assert agree(ours, Theirs(tmp_path / "out", theirs.eval()).logits(prompt(20)))
 
 
 def test_a_model_in_training_is_no_checkpoint_yet() -> None:

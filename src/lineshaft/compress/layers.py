@@ -1,13 +1,15 @@
-"""Which linear layers a stage is to compress."""
+"""Which linear layers a stage is to compress, and what other tools make of the choice."""
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
 from lineshaft.base.errors import ConfigError
+from lineshaft.base.terminal import say
 from lineshaft.compress.config import CompressConfig
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.linear import Linear
+from lineshaft.model.moe import ExpertBlock
 from lineshaft.ops.formats import DENSE
 
 
@@ -30,3 +32,12 @@ def chosen(model: Decoder, config: CompressConfig, stage: str) -> dict[str, Line
     if not found:
         raise ConfigError(f"{stage}: skip and policy leave no layer to compress")
     return found
+
+
+def warn_of_experts(model: Decoder, stage: str) -> None:
+    """Say where routed experts are stored in several ways: other tools take them to be alike (tests/compress/test_in_transformers.py)."""
+    blocks = [module for module in model.modules() if isinstance(module, ExpertBlock)]
+    formats = {linear.format for block in blocks for linear in block.experts.modules() if isinstance(linear, Linear)}
+    if len(formats) > 1:
+        shown = ", ".join(sorted(fmt.describe() for fmt in formats))
+        say(f"{stage}: routed experts have several formats ({shown}): lineshaft runs them, transformers gives other logits without a word")

@@ -18,6 +18,7 @@ from lineshaft.base.store import Artifact, Draft
 from lineshaft.base.terminal import say
 from lineshaft.compress import qat
 from lineshaft.compress.config import CompressConfig
+from lineshaft.compress.layers import warn_of_experts
 from lineshaft.compress.qat_preflight import judge_qat
 from lineshaft.compress.stage import formats_of
 from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32, save_checkpoint
@@ -33,7 +34,6 @@ from lineshaft.train.stage import FitConfig, check_context, optimise, settled
 
 MEASURED_TOKENS = 32_768
 """Held-out tokens on which losses before and after are measured, about."""
-_AT_ONCE = 2048
 _COMPRESSION = ("format", "group", "symmetric", "activations", "skip", "policy")
 """Fields that mean what they mean in CompressConfig."""
 
@@ -85,30 +85,32 @@ def _build(draft: Draft, config: QatConfig) -> None:
     contract.check_folder(source.root)
     judge_qat(load_config(source.root), config, config.compression.formats).enforce()
     model = load_checkpoint(source.root, dtype=torch.float32)
-    losses = {"source": heldout_loss(model, heldout, config.sequence_tokens)}
+    if len(heldout) < 2:
+        say("qat: the tokens have no held-out text, so losses before and after are not measured")
+    losses = {"source": heldout_loss(model, heldout, config)}
     layers = qat.begin(model, config.compression, config.ranges)
     say(f"qat: {len(layers)} linear layers are rounded in training; embeddings, norms, routers and what skip names are not")
-    losses["before"] = heldout_loss(model, heldout, config.sequence_tokens)
+    losses["before"] = heldout_loss(model, heldout, config)
     optimise(draft, model.requires_grad_(True), config)
     learnt = qat.finish(model)
+    warn_of_experts(model, "qat")
     save_checkpoint(model, draft.root, source.root)
     read = prove_trained(draft.root, model, learnt)
-    losses["after"] = heldout_loss(read, heldout, config.sequence_tokens)
+    losses["after"] = heldout_loss(read, heldout, config)
     draft.facts |= contract.carried(source, draft.root) | {"format": formats_of(model), "layers": len(layers)}
     draft.facts |= {f"heldout_loss_{when}": loss for when, loss in losses.items() if loss is not None}
     draft.facts["quantised_share_of_fp32"] = quantised_share_of_fp32(model)
 
 
 @torch.inference_mode()
-def heldout_loss(model: Decoder, stream: TokenStream, row: int) -> float | None:
-    """Nats a token on the first held-out rows, about MEASURED_TOKENS; None, and that is said, where there is no such text."""
+def heldout_loss(model: Decoder, stream: TokenStream, config: FitConfig) -> float | None:
+    """Nats a token on the first held-out rows, about MEASURED_TOKENS, in batches as training has them; None where there is no text."""
     if len(stream) < 2:
-        say("qat: the tokens have no held-out text, so losses before and after are not measured")
         return None
-    reader, total, targets = RowReader(stream, min(row, len(stream) - 1)), 0.0, 0
-    rows, at_once = min(reader.rows, -(-MEASURED_TOKENS // reader.row)), max(1, _AT_ONCE // reader.row)
-    for first in range(0, rows, at_once):
-        batch = reader.batch(np.arange(first, min(first + at_once, rows)))
+    reader, total, targets = RowReader(stream, min(config.sequence_tokens, len(stream) - 1)), 0.0, 0
+    rows = min(reader.rows, -(-MEASURED_TOKENS // reader.row))
+    for first in range(0, rows, config.rows):
+        batch = reader.batch(np.arange(first, min(first + config.rows, rows)))
         total += NextToken()(model, batch).next_token.item()
         targets += int((batch.targets_T != IGNORE).sum())
     return total / targets if targets else None
