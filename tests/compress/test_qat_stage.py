@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,6 +219,21 @@ def test_a_run_that_was_stopped_twice_ends_with_the_bytes_of_an_undisturbed_one(
     resumed, undisturbed = run(again, **changes), run(line, **changes)
     assert resumed.manifest.digest == undisturbed.manifest.digest
     assert resumed.manifest.id == undisturbed.manifest.id
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(line: Line, tmp_path: Path) -> None:
+    store, parents = letter_line.parents(tmp_path)
+    dense = PRETRAIN(store, letter_line.config(steps=40), **parents)
+    asked = [str(tmp_path), "10", config().model_dump_json(), dense.id, parents["tokens"].id]
+    killed = subprocess.run(
+        [sys.executable, Path(__file__).with_name("killed_qat.py"), *asked], capture_output=True, timeout=200, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (work,) = (path for path in (store.root / "work").iterdir())
+    assert sorted(path.name for path in work.iterdir()) == ["payload", "scratch"]  # nothing had time to tidy up
+    resumed = QAT(store, config(), checkpoint=dense, tokens=parents["tokens"])
+    assert resumed.manifest.digest == run(line).manifest.digest
+    assert resumed.manifest.aside["tokens_per_second"] * resumed.manifest.aside["train_seconds"] == pytest.approx(4 * 32)
 
 
 # -- proof ------------------------------------------------------------------------------------------------------
