@@ -18,25 +18,22 @@ from safetensors.torch import load_file, save_file
 
 from lineshaft.base.config import load
 from lineshaft.base.errors import BadCheckpoint, BrokenContract, ConfigError, DoesNotFit, LineshaftError
-from lineshaft.base.store import Artifact, Draft, Store
+from lineshaft.base.store import Artifact, Store
 from lineshaft.compress import qat, qat_stage
 from lineshaft.compress.config import CompressConfig
 from lineshaft.compress.qat_preflight import qat_memory
 from lineshaft.compress.qat_stage import QAT, QatConfig, heldout_loss
 from lineshaft.compress.stage import COMPRESS
 from lineshaft.model import fit
-from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
+from lineshaft.model.checkpoint import load_checkpoint
 from lineshaft.model.decoder import Decoder
-from lineshaft.model.junction import scale
 from lineshaft.ops.formats import DENSE, Integer
 from lineshaft.records.tokens import TokenStream
 from lineshaft.train import loop
 from lineshaft.train.batches import Batch
-from lineshaft.train.finetune import FINETUNE, FinetuneConfig
 from lineshaft.train.objective import Loss, NextToken
-from lineshaft.train.optimiser import OptimiserConfig
 from lineshaft.train.preflight import Training, train_memory
-from lineshaft.train.stage import PRETRAIN, TrainConfig
+from lineshaft.train.stage import PRETRAIN
 
 Line = tuple[Store, Artifact, Artifact]
 PLAIN = NextToken.__call__
@@ -44,7 +41,7 @@ PLAIN = NextToken.__call__
 
 @pytest.fixture(autouse=True)
 def _less_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qat_stage, "MEASURED_TOKENS", 500)
+    monkeypatch.setattr(qat_stage, "MEASURED_TOKENS", 200)
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +198,7 @@ def stop_at_step(number: int, line: Line, monkeypatch: pytest.MonkeyPatch, **cha
         run(line, **changes)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, POLICY | {"symmetric": True}, {"symmetric": False, "activations": "int8", "sequence_tokens": 3, "rows": 1}], ids=str
-)
+@pytest.mark.parametrize("changes", [POLICY, {"symmetric": False, "activations": "int8", "sequence_tokens": 3}], ids=str)
 def test_a_run_that_was_stopped_twice_ends_with_the_bytes_of_an_undisturbed_one(
     line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
@@ -368,43 +363,3 @@ def test_without_held_out_text_losses_are_not_told_and_that_is_said(line: Line, 
     made = QAT(store, config(), checkpoint=dense, tokens=bare)
     assert not any(name.startswith("heldout") for name in made.manifest.facts)
     assert capsys.readouterr().err.count("the tokens have no held-out text") == 1
-
-
-# -- what it is for ---------------------------------------------------------------------------------------------
-
-
-SMALL_LLAMA = {
-    "family": "llama",
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-    "attention": {"kind": "gqa", "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8},
-}
-
-
-def test_it_recovers_more_than_half_of_what_4_bits_cost_a_model_trained_as_long(tmp_path: Path) -> None:
-    """Channels of very unlike sizes, which cost rounding much and the model nothing (junctions), are what training has to deal with."""
-    store, parents = letter_line.parents(tmp_path)
-    tokens, heldout = parents["tokens"], TokenStream(parents["tokens"], "heldout")
-    even = PRETRAIN(store, fast(150, 2e-2, model=SMALL_LLAMA), **parents)
-    model, luck = load_checkpoint(even.root), torch.Generator().manual_seed(1)
-    for junction in model.junctions():
-        scale(model, junction, (1.5 * torch.randn(junction.channels, generator=luck)).exp())
-    with store.draft("checkpoint", stage="by_hand", version=1, config={}, parents={"checkpoint": even}) as draft:
-        assert isinstance(draft, Draft)
-        save_checkpoint(model, draft.root, even.root)
-    dense = store.open(draft.root.parent.name)
-    budget = fast(40, 2e-3).model_dump(exclude={"model"})
-    control = FINETUNE(store, FinetuneConfig.model_validate(budget), checkpoint=dense, tokens=tokens)
-    rounded = COMPRESS(store, CompressConfig(format="int4", proof_nats=9.0), checkpoint=control)
-    trained = QAT(store, QatConfig.model_validate(budget), checkpoint=dense, tokens=tokens)
-    least, ours, most = (heldout_loss(load_checkpoint(made.root), heldout, config()) for made in (control, trained, rounded))
-    assert most - least > 0.1
-    assert most - ours > 0.5 * (most - least)
-
-
-def fast(steps: int, peak_lr: float, **changes: Any) -> TrainConfig:
-    own = {"steps": steps, "save_every": steps, "log_every": steps, "optimiser": OptimiserConfig(peak_lr=peak_lr)}
-    return letter_line.config(rows=8, **own, **changes)
