@@ -67,11 +67,11 @@ class Linear(nn.Module):
         self.hold(fmt, fmt.empty(self.out_features, self.in_features))
 
     def hold(self, fmt: Format, tensors: dict[str, Tensor]) -> None:
-        """Take these tensors for the weight."""
+        """Take these tensors for the weight; a dense one, and those that are parameters already, can be trained."""
         for name in self.format.tensor_names:
             delattr(self, name)
         for name, tensor in tensors.items():
-            if fmt == DENSE:
+            if fmt == DENSE or isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,12 +94,14 @@ def _with_holes(lasting: Terms, fleeting: Terms) -> Terms:
     return {**lasting, **fleeting, "holes in the heap": lasting["weights"] + int(HOLES * sum(fleeting.values()))}
 
 
-def judge_training(given: Training, room: int | None = None) -> Verdict:
-    """Does it fit here (`room`: into so many bytes), and what would make it fit."""
+def judge_training(
+    given: Training, room: int | None = None, task: str = "train", memory: Callable[[Training], Memory] = train_memory
+) -> Verdict:
+    """Does it fit here (`room`: into so many bytes), and what would make it fit. `memory`: what a task needs that trains otherwise."""
     # An optimiser brings compiler modules of PyTorch with it that nothing else needs.
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     ladders = (_fewer_rows, _bfloat16, _shorter_rows)
-    return judge("train", given, ladders, train_memory, resident_memory_bytes() + CODE_BYTES, room)
+    return judge(task, given, ladders, memory, resident_memory_bytes() + CODE_BYTES, room)
 
 
 def _fewer_rows(given: Training) -> Iterator[Step[Training]]:

@@ -111,14 +111,19 @@ def _build(draft: Draft, config: TrainConfig) -> None:
 
 def fit(draft: Draft, model: Decoder, tokenizer: Artifact, config: FitConfig) -> None:
     """Train the model on the draft's parent `tokens`; write checkpoint, loss history and facts. `tokenizer` holds the tokenizer's files."""
+    optimise(draft, model, config)
+    save_checkpoint(model, draft.root, tokenizer.root)
+    draft.facts |= contract.carried(tokenizer, draft.root) | {"format": "dense"}
+
+
+def optimise(draft: Draft, model: Decoder, config: FitConfig) -> None:
+    """Train the model, in place, on the draft's parent `tokens`; write loss history and the facts of training, but no checkpoint."""
     tokens = draft.parents["tokens"]
     batches = ShuffledRows(RowReader(TokenStream(tokens, "train"), config.sequence_tokens), config.rows, config.seed)
     trained = loop.run(model, batches, NextToken(config.further_weight), config.loop, draft.scratch)
-    save_checkpoint(model, draft.root, tokenizer.root)
-    draft.facts |= contract.carried(tokenizer, draft.root)
     _write_history(draft.root, trained.history)
     cost = cost_of(model.config)
-    draft.facts |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters, "format": "dense"}
+    draft.facts |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters}
     draft.facts |= {"tokens": trained.tokens, "epochs": trained.tokens / tokens.manifest.facts["train"]["tokens"]}
     draft.facts["final_loss"] = trained.history[-1]["loss"]
     draft.aside |= {"train_seconds": trained.seconds, "threads": torch.get_num_threads()}
