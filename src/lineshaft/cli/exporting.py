@@ -20,16 +20,19 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint: reference, artifact id, or a Hugging Face folder.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; replaced, if there, once the new one is proved.")],
     to: Annotated[Target, typer.Option("--to", help="gguf: for llama.cpp; onnx: for ONNX Runtime, prompts of small dense models.")],
+    dynamic_int8: Annotated[
+        bool, typer.Option("--dynamic-int8", help="onnx: have ONNX Runtime round a dense checkpoint's matrices to INT8.")
+    ] = False,
     tokenizer: Annotated[TokenizerChoice, typer.Option(help="gguf: keep writes the tokenizer, none leaves a file for token ids.")] = "keep",
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint as one file for another engine. INT8 and INT4 keep their codes and scales: nothing is rounded twice."""
     folder, _ = checkpoint_folder(checkpoint, store)
-    done = exporting.export(folder, target, to, tokenizer=tokenizer)
+    done = exporting.export(folder, target, to, tokenizer=tokenizer, dynamic_int8=dynamic_int8)
     if as_json:
         print(json.dumps(asdict(done) | {"path": str(done.path)}))
         return
     kinds = ", ".join(f"{count} {kind}" for kind, count in done.kinds.items())
-    error = f"; offsets of Q4_1 move a weight by at most {done.offset_error_steps:.2g} steps" if done.offset_error_steps else ""
-    say(f"{done.path}: {done.bytes} bytes, {done.tensors} tensors ({kinds}), read back and equal to the checkpoint{error}")
+    seen = ", ".join(f"{name} {value:.2g}" for name, value in done.seen.items())
+    say(f"{done.path}: {done.bytes} bytes, {done.tensors} tensors ({kinds}), read back and held against the checkpoint: {seen}")
