@@ -34,9 +34,10 @@ WIDE: dict[str, tuple[str, Options]] = {
     "wide-deepseek": ("DeepseekV3", _LATENT),
     "wide-deepseek-half-split": ("DeepseekV3", {**_LATENT, "rope_interleave": False}),
     "wide-deepseek_v2": ("DeepseekV2", {**_LATENT, "q_lora_rank": None, "norm_topk_prob": False, "topk_method": "greedy"}),
+    "spoken-llama": ("Llama", {**_WIDE, "vocab_size": 720}),
     "broad-llama": ("Llama", {**_WIDE, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32}),
 }
-"""Inputs of every layer are multiples of 32; those of `broad` ones of 128."""
+"""Inputs of every layer are multiples of 32; those of `broad` ones of 128. `spoken` has room for a tokenizer of its own."""
 
 FORMS: dict[str, tuple[Options, str]] = {
     "int8": ({}, "Q8_0"),
@@ -55,10 +56,10 @@ def made(name: str, folder: Path) -> Path:
         return toys.written_by_transformers(name, folder).folder
 
 
-def compressed(source: Path, folder: Path, form: str) -> Path:
-    """The same checkpoint with its layers in one of FORMS."""
+def compressed(source: Path, folder: Path, form: str, dense: str | None = None) -> Path:
+    """The same checkpoint with its layers in one of FORMS, but for those that a pattern `dense` means."""
     model = load_checkpoint(source)
-    compress(model, CompressConfig(**FORMS[form][0], proof_nats=100))
+    compress(model, CompressConfig(**FORMS[form][0], policy={} if dense is None else {dense: "dense"}))
     save_checkpoint(model, folder, source)
     return folder
 

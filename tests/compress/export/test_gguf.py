@@ -206,7 +206,7 @@ def test_a_file_holds_the_model_as_it_is(name: str, form: str, source: Source, t
 
 def test_groups_of_128_become_blocks_with_one_scale(source: Source, tmp_path: Path) -> None:
     model = load_checkpoint(source("broad-llama"))
-    compress(model, CompressConfig(policy={"*.self_attn.*": "int4-64", "*.mlp.*": "int8-128"}, proof_nats=100))
+    compress(model, CompressConfig(policy={"*.self_attn.*": "int4-64", "*.mlp.*": "int8-128"}))
     save_checkpoint(model, tmp_path / "hf", source("broad-llama"))
     done = export(tmp_path / "hf", tmp_path / "m.gguf", "gguf", tokenizer="none")
     assert done.kinds == {"F32": 7, "Q4_0": 8, "Q8_0": 6}
@@ -280,7 +280,7 @@ def test_options_that_would_be_misread_are_refused(name: str, changes: dict[str,
 
 def test_experts_in_unlike_formats_are_refused(source: Source, tmp_path: Path) -> None:
     model = load_checkpoint(source("wide-mixtral"))
-    compress(model, CompressConfig(policy={"*.experts.2.*": "int4-32"}, proof_nats=100))
+    compress(model, CompressConfig(policy={"*.experts.2.*": "int4-32"}))
     save_checkpoint(model, tmp_path / "hf", source("wide-mixtral"))
     with pytest.raises(ConfigError, match=r"experts are stored as Q4_0 and Q8_0"):
         export(tmp_path / "hf", tmp_path / "m.gguf", "gguf", tokenizer="none")
