@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -33,6 +32,8 @@ from lineshaft.model.decoder import Decoder
 from lineshaft.model.hf.config import from_hf
 from lineshaft.model.linear import Linear
 from lineshaft.ops.formats import Fp8Block, Integer
+
+gguf: Any = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'lineshaft[export]'")
 
 Source = Callable[..., Path]
 ARCHITECTURES = {

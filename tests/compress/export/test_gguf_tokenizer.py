@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 from export_toys import CUTS, SPECIAL, VISIBLE, tokenizer_of, with_tokenizer
 from tokenizers import Tokenizer
@@ -19,6 +18,8 @@ from lineshaft.compress.export.gguf_tokenizer import vocabulary
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.folder import load_config
 from lineshaft.text.tokenizer import byte_alphabet
+
+gguf: Any = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'lineshaft[export]'")
 
 Source = Callable[..., Path]
 Table = dict[str, Any]

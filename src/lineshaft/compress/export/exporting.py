@@ -95,6 +95,8 @@ def _to_onnx(checkpoint: Path, part: Path, target: Path, dynamic_int8: bool) -> 
     for linear in model.linears().values():
         if isinstance(linear.format, Integer):
             linear.format = replace(linear.format, activations=None)
+    if any(isinstance(linear.format, Integer) for linear in model.linears().values()):
+        say(f"export: ONNX Runtime rounds what meets codes to 8 bits, unless the session's {onnx.ACCURACY_LEVEL} is 1, as in the proof")
     onnx.write(part, model, dynamic_int8)
     seen = onnx.prove(part, model, dynamic_int8)
     measured = {"largest_logit_error": seen.largest_logit_error, "golden_nats": seen.golden_nats}

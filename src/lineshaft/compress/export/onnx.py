@@ -8,6 +8,7 @@ Letters as in onnx_graph.py.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ GOLDEN_TOKENS = 32
 """Of the text on which the file is run before it is kept."""
 TOLERANCE = 1e-4
 """By which a logit may differ from lineshaft's, as a part of the largest one: another order of float32 sums."""
+ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
+"""ONNX Runtime's option: 1 multiplies by codes in float32; by default it rounds what meets them to 8 bits."""
 DYNAMIC_NATS = 0.1
 """Nats a token by which next-token chances may differ after quantize_dynamic."""
 
@@ -76,7 +79,18 @@ def _bytes(linear: Linear) -> int:
 def _round_matrices(path: Path, proto: Any) -> None:
     quantization = package("onnxruntime.quantization")
     matrices = [node.name for node in proto.graph.node if node.op_type == "MatMul" and node.input[1].endswith(".weight")]
-    quantization.quantize_dynamic(path, path, weight_type=quantization.QuantType.QInt8, per_channel=True, nodes_to_quantize=matrices)
+    how = {"weight_type": quantization.QuantType.QInt8, "per_channel": True, "nodes_to_quantize": matrices}
+    root = logging.getLogger()
+    root.addFilter(_without_advice)
+    try:
+        quantization.quantize_dynamic(path, path, **how)
+    finally:
+        root.removeFilter(_without_advice)
+
+
+def _without_advice(record: logging.LogRecord) -> bool:
+    """It advises steps for graphs of other makers, in every run."""
+    return "pre-processing before quantization" not in record.getMessage()
 
 
 def prove(path: Path, model: Decoder, dynamic_int8: bool) -> Seen:
@@ -125,8 +139,7 @@ def run(path: Path, tokens_T: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Logits float32 [T, V] of int64 token ids, by ONNX Runtime on the CPU."""
     runtime = package("onnxruntime")
     options = runtime.SessionOptions()
-    # By itself it rounds what meets codes to 8 bits; level 1 is float32. A graph without codes has no use for it.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    options.add_session_config_entry(ACCURACY_LEVEL, "1")
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     logits: np.ndarray[Any, Any] = session.run(["logits"], {"input_ids": tokens_T[None]})[0][0]
     return logits
