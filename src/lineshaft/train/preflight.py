@@ -10,7 +10,7 @@ import torch
 from lineshaft.base.machine import resident_memory_bytes
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import cost_of
-from lineshaft.model.fit import Step, Verdict, halved, judge
+from lineshaft.model.fit import Ladder, Step, Verdict, halved, judge
 from lineshaft.model.memory import Kept, Memory, Packing, Terms
 from lineshaft.train.loop import Precision, native_precision
 
@@ -96,10 +96,14 @@ def _with_holes(lasting: Terms, fleeting: Terms) -> Terms:
 
 def judge_training(given: Training, room: int | None = None) -> Verdict:
     """Does it fit here (`room`: into so many bytes), and what would make it fit."""
+    return judge("train", given, LADDERS, train_memory, own_bytes(), room)
+
+
+def own_bytes() -> int:
+    """Bytes of a process that trains, without model and batches."""
     # An optimiser brings compiler modules of PyTorch with it that nothing else needs.
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-    ladders = (_fewer_rows, _bfloat16, _shorter_rows)
-    return judge("train", given, ladders, train_memory, resident_memory_bytes() + CODE_BYTES, room)
+    return resident_memory_bytes() + CODE_BYTES
 
 
 def _fewer_rows(given: Training) -> Iterator[Step[Training]]:
@@ -123,3 +127,7 @@ def _bfloat16(given: Training) -> Iterator[Step[Training]]:
 def _shorter_rows(given: Training) -> Iterator[Step[Training]]:
     for tokens in halved(given.sequence_tokens, LEAST_TOKENS):
         yield f"sequence_tokens={tokens}", replace(given, sequence_tokens=tokens)
+
+
+LADDERS: tuple[Ladder[Training], ...] = (_fewer_rows, _bfloat16, _shorter_rows)
+"""What can be changed so that training needs less."""
