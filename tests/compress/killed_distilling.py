@@ -1,6 +1,6 @@
 """A program that kills distillations (SIGKILL) in the middle of steps and runs them again.
 
-    python killed_distilling.py FOLDER
+    PYTHONPATH=tests/train python killed_distilling.py FOLDER
 
 Prints the digest of an undisturbed run, and for each kill the digest that the rerun ended with and how many steps it had to do. Each
 run but the undisturbed one is a fork; torch keeps to one thread, since a fork would not have the others.
@@ -14,9 +14,6 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
-
-for helpers in ("compress", "train"):
-    sys.path.insert(0, str(Path(__file__).parents[1] / helpers))
 
 import distilling
 import letter_line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import distilling
@@ -200,7 +201,7 @@ def test_layers_are_compared_at_the_same_depth(student: int, teacher: int) -> No
     pairs = pairs_of(student, teacher)
     assert len(pairs) == min(student, teacher)
     assert pairs[-1] == (student - 1, teacher - 1)
-    assert all(before[0] < after[0] and before[1] < after[1] for before, after in zip(pairs, pairs[1:], strict=False))
+    assert all(before[0] < after[0] and before[1] < after[1] for before, after in pairwise(pairs))
     assert all(abs((one + 1) / student - (other + 1) / teacher) < 1 / min(student, teacher) for one, other in pairs)
     assert min(pairs[0]) >= 0
 
@@ -209,7 +210,7 @@ def test_layers_are_compared_at_the_same_depth(student: int, teacher: int) -> No
 def test_kept_layers_are_evenly_spaced(layers: int, data: st.DataObject) -> None:
     keep = data.draw(st.integers(1, layers))
     kept = evenly_spaced(keep, layers)
-    gaps = [after - before for before, after in zip(kept, kept[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(kept)]
     assert (len(kept), kept[0]) == (keep, 0)
     assert keep == 1 or kept[-1] == layers - 1
     assert not gaps or (min(gaps) >= 1 and max(gaps) - min(gaps) <= 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -128,7 +129,8 @@ def test_every_part_of_the_config_changes_the_student(line: Line) -> None:
 
 
 def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, SCRIPT, tmp_path], capture_output=True, text=True, timeout=200, check=False)
+    helpers = os.environ | {"PYTHONPATH": str(Path(letter_line.__file__).parent)}
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path], env=helpers, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     digest, steps = told["undisturbed"]
@@ -189,7 +191,7 @@ def test_more_layers_than_the_teacher_has_can_not_be_kept(line: Line) -> None:
 def test_tokens_of_another_tokenizer_are_refused(line: Line) -> None:
     store, parents = line
     other = letter_line.tokens(store, letter_line.tokenizer(store, version=2), letter_line.documents(1, 9), letter_line.documents(2, 9))
-    with pytest.raises(ConfigError, match="distil: .* was made with another tokenizer than"):
+    with pytest.raises(ConfigError, match=r"distil: .* was made with another tokenizer than"):
         DISTIL(store, config(student=STUDENT), checkpoint=parents["checkpoint"], tokens=other)
 
 
@@ -202,9 +204,9 @@ def test_more_tokens_than_the_teacher_knows_are_refused(line: Line, monkeypatch:
 
 def test_rows_longer_than_either_context_are_refused(line: Line) -> None:
     short, long = (shape(1).model_copy(update={"max_position_embeddings": most}) for most in (32, 128))
-    with pytest.raises(ConfigError, match="distil, for the student: sequence_tokens 33 exceeds .* 32"):
+    with pytest.raises(ConfigError, match=r"distil, for the student: sequence_tokens 33 exceeds .* 32"):
         DISTIL.request(config(student=short, sequence_tokens=33), **line[1])
-    with pytest.raises(ConfigError, match="distil, for the teacher: sequence_tokens 65 exceeds .* 64"):
+    with pytest.raises(ConfigError, match=r"distil, for the teacher: sequence_tokens 65 exceeds .* 64"):
         DISTIL.request(config(student=long, sequence_tokens=65), **line[1])
 
 
