@@ -129,8 +129,9 @@ def test_every_part_of_the_config_changes_the_student(line: Line) -> None:
 
 
 def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) -> None:
-    helpers = os.environ | {"PYTHONPATH": str(Path(letter_line.__file__).parent)}
-    done = subprocess.run([sys.executable, SCRIPT, tmp_path], env=helpers, capture_output=True, text=True, timeout=200, check=False)
+    found_in = os.pathsep.join([str(Path(letter_line.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": found_in}
+    done = subprocess.run([sys.executable, SCRIPT, tmp_path], env=env, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     digest, steps = told["undisturbed"]

@@ -63,12 +63,16 @@ def _taught(given: Distilling) -> Terms:
 
 
 def _compared(given: Distilling, at_the_loss: bool) -> Terms:
-    """At the loss: both sides' log-probabilities, a quotient and the products that become the divergence. Then they are gone."""
-    tables = 4 * given.table if given.chances and at_the_loss else 0
+    """At the loss: both sides' log-probabilities, the teacher's chances, and the products that become the divergence. Then they are gone.
+
+    Two tables that the teacher's pass made and freed are holes by then: smaller things have begun to fill them (benchmarks/preflight.py).
+    """
+    tables, holes = (4 * given.table, 2 * given.table) if given.chances and at_the_loss else (0, 0)
     # Differences and their gradients, of the teacher's width; what a map made; the gradient that waits at the student's layer.
     width = 3 * given.teacher.hidden_size + given.student.model.hidden_size
     compared = 4 * given.pairs * given.tokens * width
-    return {"chances of both": tables, "hidden states compared": compared, "the teacher's hidden states": _teacher_hidden(given)}
+    tables_too = {"chances of both": tables, "blocks of the teacher's pass": holes}
+    return {**tables_too, "hidden states compared": compared, "the teacher's hidden states": _teacher_hidden(given)}
 
 
 def _teacher_hidden(given: Distilling) -> int:
