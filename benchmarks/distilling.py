@@ -93,7 +93,10 @@ class Bench:
 
     def teacher(self) -> Artifact:
         """As long as a student, then further, up to half the rate once more: it should know more than they find out alone."""
-        begun, config = self.alone(LAYERS), load(FinetuneConfig, self.fit(self.further, self.peak_lr / 2))
+        begun = self.alone(LAYERS)
+        if not self.further:
+            return begun
+        config = load(FinetuneConfig, self.fit(self.further, self.peak_lr / 2))
         return FINETUNE(self.store, config, checkpoint=begun, tokens=self.tokens)
 
     def distilled(self, teacher: Artifact, asked: Mapping[str, Any]) -> Artifact:
