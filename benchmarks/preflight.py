@@ -1,4 +1,4 @@
-"""Predicted peak memory beside measured, for twelve configurations: four trained, four served, four compressed.
+"""Predicted peak memory beside measured, for sixteen configurations: four trained, four served, four compressed, four distilled.
 
     python benchmarks/preflight.py [TASK ...]
 
@@ -20,6 +20,8 @@ import torch
 
 from lineshaft.base.machine import machine, peak_memory_bytes
 from lineshaft.compress.config import CompressConfig
+from lineshaft.compress.distil import Distil, Mixture, pairs_of
+from lineshaft.compress.distil_preflight import Distilling, judge_distilling
 from lineshaft.compress.preflight import Compressing, judge_compressing
 from lineshaft.compress.proof import prove, remember
 from lineshaft.compress.stage import compress
@@ -61,6 +63,10 @@ CASES: list[dict[str, Any]] = [
     {"task": "compress", "model": DEEPSEEK, "format": {"group": 32}},
     {"task": "compress", "model": WIDE, "dtype": "bfloat16", "format": {"group": 32}},
     {"task": "compress", "model": MIXTRAL, "format": {}},
+    {"task": "distil", "model": WIDE, "student": 2, "rows": 4, "sequence_tokens": 256},
+    {"task": "distil", "model": DEEPSEEK, "student": 4, "rows": 4, "sequence_tokens": 256, "mixture": {"hidden_weight": 1.0}},
+    {"task": "distil", "model": WIDE, "student": 2, "rows": 4, "sequence_tokens": 256, "format": {"group": 32}},
+    {"task": "distil", "model": QWEN3, "dtype": "bfloat16", "student": 2, "rows": 2, "sequence_tokens": 512, "accumulate": 2},
 ]
 
 
@@ -96,7 +102,7 @@ def write(case: dict[str, Any], folder: Path) -> None:
     model = Decoder(ModelConfig.model_validate(case["model"]))
     model.initialise(1)
     model.to(getattr(torch, case.get("dtype", "float32")))
-    if case["task"] == "serve" and "format" in case:
+    if case["task"] in ("serve", "distil") and "format" in case:
         compress(model, CompressConfig(**case["format"]))
     save_checkpoint(model, folder, folder)
 
@@ -162,7 +168,23 @@ def compress_case(case: dict[str, Any], folder: Path) -> Verdict:
     return verdict
 
 
-TASKS = {"train": train, "serve": serve, "compress": compress_case}
+def distil(case: dict[str, Any], folder: Path) -> Verdict:
+    described = load_config(folder)
+    config, mixture = described.model_copy(update={"num_hidden_layers": case["student"]}), Mixture(**case.get("mixture", {}))
+    training = Training(config, case["rows"], case["sequence_tokens"], case.get("accumulate", 1), "float32")
+    pairs = len(pairs_of(case["student"], described.num_hidden_layers)) if mixture.hidden_weight else 0
+    verdict = judge_distilling(Distilling(training, described, stored_in(folder), True, pairs))
+    teacher, student = load_checkpoint(folder), Decoder(config)
+    student.initialise(1)
+    objective = Distil(teacher, student, mixture)
+    settings = loop.LoopConfig(steps=4, log_every=1, save_every=2, precision="float32", accumulate=training.accumulate)
+    with objective.learning(student):
+        loop.run(student, RandomBatches(case), objective, settings, folder / "scratch")
+    save_checkpoint(student, folder / "made", folder)
+    return verdict
+
+
+TASKS = {"train": train, "serve": serve, "compress": compress_case, "distil": distil}
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["--child"]:

@@ -44,17 +44,22 @@ class NextToken:
         """See Objective."""
         attend = PackedCausal(batch.starts_D, len(batch.tokens_T), batch.row)
         hidden_TI = model.hidden(batch.tokens_T, batch.positions_T, attend)
-        main = _cross_entropy(model, hidden_TI, batch.targets_T)
+        main = cross_entropy(model.logits(hidden_TI), batch.targets_T)
+        further = self.further(model, batch, hidden_TI, attend)
+        return Loss(main if further is None else main + further, main)
+
+    def further(self, model: Decoder, batch: Batch, hidden_TI: Tensor, attend: PackedCausal) -> Tensor | None:
+        """What the prediction layers add to the loss, from `Decoder.hidden` of this batch; None where there are none."""
         depths = model.config.num_nextn_predict_layers
         if not depths:
-            return Loss(main, main)
+            return None
         further, next_T = torch.zeros(()), batch.targets_T
         for depth in range(depths):
             # The last tokens of a document have no next one: what stands there is seen by nobody and predicts nothing.
             hidden_TI = model.draft(depth, hidden_TI, next_T.clamp(min=0), batch.positions_T, attend)
             next_T = one_further(next_T, batch.positions_T)
-            further = further + _cross_entropy(model, hidden_TI, next_T)
-        return Loss(main + self.further_weight / depths * further, main)
+            further = further + cross_entropy(model.logits(hidden_TI), next_T)
+        return self.further_weight / depths * further
 
 
 def one_further(targets_T: Tensor, positions_T: Tensor) -> Tensor:
@@ -65,5 +70,6 @@ def one_further(targets_T: Tensor, positions_T: Tensor) -> Tensor:
     return later_T
 
 
-def _cross_entropy(model: Decoder, hidden_TI: Tensor, targets_T: Tensor) -> Tensor:
-    return F.cross_entropy(model.logits(hidden_TI).float(), targets_T, ignore_index=IGNORE, reduction="sum")
+def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """Nats of these targets, IGNORE left out, summed in float32."""
+    return F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE, reduction="sum")

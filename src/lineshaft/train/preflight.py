@@ -10,7 +10,7 @@ import torch
 from lineshaft.base.machine import resident_memory_bytes
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import cost_of
-from lineshaft.model.fit import Step, Verdict, halved, judge
+from lineshaft.model.fit import Ladder, Step, Verdict, halved, judge
 from lineshaft.model.memory import Kept, Memory, Packing, Terms
 from lineshaft.train.loop import Precision, native_precision
 
@@ -94,6 +94,7 @@ def _with_holes(lasting: Terms, fleeting: Terms) -> Terms:
     return {**lasting, **fleeting, "holes in the heap": lasting["weights"] + int(HOLES * sum(fleeting.values()))}
 
 
+<<<<<<< HEAD
 def judge_training(
     given: Training, room: int | None = None, task: str = "train", memory: Callable[[Training], Memory] = train_memory
 ) -> Verdict:
@@ -102,6 +103,18 @@ def judge_training(
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     ladders = (_fewer_rows, _bfloat16, _shorter_rows)
     return judge(task, given, ladders, memory, resident_memory_bytes() + CODE_BYTES, room)
+=======
+def judge_training(given: Training, room: int | None = None) -> Verdict:
+    """Does it fit here (`room`: into so many bytes), and what would make it fit."""
+    return judge("train", given, LADDERS, train_memory, own_bytes(), room)
+
+
+def own_bytes() -> int:
+    """Bytes of a process that trains, without model and batches."""
+    # An optimiser brings compiler modules of PyTorch with it that nothing else needs.
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    return resident_memory_bytes() + CODE_BYTES
+>>>>>>> h-distil
 
 
 def _fewer_rows(given: Training) -> Iterator[Step[Training]]:
@@ -125,3 +138,7 @@ def _bfloat16(given: Training) -> Iterator[Step[Training]]:
 def _shorter_rows(given: Training) -> Iterator[Step[Training]]:
     for tokens in halved(given.sequence_tokens, LEAST_TOKENS):
         yield f"sequence_tokens={tokens}", replace(given, sequence_tokens=tokens)
+
+
+LADDERS: tuple[Ladder[Training], ...] = (_fewer_rows, _bfloat16, _shorter_rows)
+"""What can be changed so that training needs less."""

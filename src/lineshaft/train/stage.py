@@ -23,8 +23,8 @@ from lineshaft.records.tokens import TokenStream
 from lineshaft.text import contract
 from lineshaft.train import loop
 from lineshaft.train.batches import RowReader, ShuffledRows
-from lineshaft.train.loop import LoopConfig
-from lineshaft.train.objective import NextToken
+from lineshaft.train.loop import LoopConfig, Trained
+from lineshaft.train.objective import NextToken, Objective
 from lineshaft.train.preflight import Training, judge_training
 
 HISTORY_FILE = "history.jsonl"
@@ -111,6 +111,7 @@ def _build(draft: Draft, config: TrainConfig) -> None:
 
 def fit(draft: Draft, model: Decoder, tokenizer: Artifact, config: FitConfig) -> None:
     """Train the model on the draft's parent `tokens`; write checkpoint, loss history and facts. `tokenizer` holds the tokenizer's files."""
+<<<<<<< HEAD
     optimise(draft, model, config)
     save_checkpoint(model, draft.root, tokenizer.root)
     draft.facts |= contract.carried(tokenizer, draft.root) | {"format": "dense"}
@@ -125,6 +126,26 @@ def optimise(draft: Draft, model: Decoder, config: FitConfig) -> None:
     cost = cost_of(model.config)
     draft.facts |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters}
     draft.facts |= {"tokens": trained.tokens, "epochs": trained.tokens / tokens.manifest.facts["train"]["tokens"]}
+=======
+    keep(draft, model, tokenizer, train(draft, model, config, NextToken(config.further_weight)))
+
+
+def train(draft: Draft, model: Decoder, config: FitConfig, objective: Objective) -> Trained:
+    """Train the model in place on the draft's parent `tokens`; states go to the draft's scratch folder."""
+    stream = TokenStream(draft.parents["tokens"], "train")
+    batches = ShuffledRows(RowReader(stream, config.sequence_tokens), config.rows, config.seed)
+    return loop.run(model, batches, objective, config.loop, draft.scratch)
+
+
+def keep(draft: Draft, model: Decoder, tokenizer: Artifact, trained: Trained) -> None:
+    """Write a trained model's checkpoint, loss history and facts."""
+    save_checkpoint(model, draft.root, tokenizer.root)
+    draft.facts |= contract.carried(tokenizer, draft.root)
+    _write_history(draft.root, trained.history)
+    cost, read = cost_of(model.config), draft.parents["tokens"].manifest.facts["train"]["tokens"]
+    draft.facts |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters, "format": "dense"}
+    draft.facts |= {"tokens": trained.tokens, "epochs": trained.tokens / read}
+>>>>>>> h-distil
     draft.facts["final_loss"] = trained.history[-1]["loss"]
     draft.aside |= {"train_seconds": trained.seconds, "threads": torch.get_num_threads()}
     if trained.fresh_tokens:
