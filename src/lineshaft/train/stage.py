@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.config import Architecture, LatentAttention, MixtureOfExperts, ModelConfig
 from lineshaft.model.cost import cost_of
 from lineshaft.model.decoder import Decoder
+from lineshaft.ops.formats import DENSE
 from lineshaft.records.tokens import TokenStream
 from lineshaft.text import contract
 from lineshaft.train import loop
@@ -77,6 +79,20 @@ def check_context(name: str, config: FitConfig, model: Architecture) -> None:
         raise ConfigError(f"{asked} exceeds the model's max_position_embeddings {most}: change one")
 
 
+def check_tokenizer(name: str, checkpoint: Artifact, tokens: Artifact) -> None:
+    """Raises ConfigError when the tokens were made with another tokenizer than the checkpoint's."""
+    tokenizer = hashlib.sha256(checkpoint.path("tokenizer.json").read_bytes()).hexdigest()
+    if tokens.manifest.facts["tokenizer_sha256"] != tokenizer:
+        raise ConfigError(f"{name}: {tokens.id} was made with another tokenizer than {checkpoint.id} carries")
+
+
+def check_dense(name: str, model: Decoder, checkpoint: Artifact, told: str) -> None:
+    """Raises ConfigError, which ends with what to do (`told`), when the model in a checkpoint is compressed."""
+    compressed = [layer for layer, linear in model.linears().items() if linear.format != DENSE]
+    if compressed:
+        raise ConfigError(f"{name}: {checkpoint.id} is compressed ({compressed[0]} and {len(compressed) - 1} more layers): {told}")
+
+
 def check_room(model: ModelConfig, config: FitConfig) -> None:
     """Raises DoesNotFit when training would need more memory than there is, before there are weights."""
     judge_training(Training(model, config.rows, config.sequence_tokens, config.loop.accumulate, config.loop.precision)).enforce()
@@ -108,7 +124,7 @@ def fit(draft: Draft, model: Decoder, tokenizer: Artifact, config: FitConfig) ->
     trained = loop.run(model, batches, NextToken(config.further_weight), config.loop, draft.scratch)
     save_checkpoint(model, draft.root, tokenizer.root)
     draft.facts |= contract.carried(tokenizer, draft.root)
-    _write_history(draft.root, trained.history)
+    write_history(draft.root, trained.history)
     cost = cost_of(model.config)
     draft.facts |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters, "format": "dense"}
     draft.facts |= {"tokens": trained.tokens, "epochs": trained.tokens / tokens.manifest.facts["train"]["tokens"]}
@@ -118,7 +134,8 @@ def fit(draft: Draft, model: Decoder, tokenizer: Artifact, config: FitConfig) ->
         draft.aside["tokens_per_second"] = trained.fresh_tokens / trained.seconds
 
 
-def _write_history(folder: Path, history: list[dict[str, float]]) -> None:
+def write_history(folder: Path, history: list[dict[str, float]]) -> None:
+    """The loss curve, an entry a line."""
     (folder / HISTORY_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in history))
 
 
