@@ -63,7 +63,7 @@ def evenly(model: Decoder) -> dict[str, Tensor]:
 @torch.no_grad()
 def least_worthy(model: Decoder, units: Units, fisher: Tensors, count: int) -> Cut:
     """The `count` units of a block, as many of each of its groups, to cut one after another; of equals the first."""
-    weights = dict(model.named_parameters())
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     worth_U = _worth(units, weights, fisher)
     siblings = _Siblings(_own(units, fisher), _own(units, weights)) if units.alike else None
     return Cut(units, _chosen(worth_U, siblings, units.groups, count))
