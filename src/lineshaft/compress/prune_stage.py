@@ -7,7 +7,7 @@ on from the newest of them; a step whose recovery had begun is cut once more, to
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,12 @@ class _Later:
         return self.rows[self.first + number]
 
 
-def prune(model: Decoder, text: Text, config: PruneConfig, scratch: Path) -> Pruning:
-    """Cut and recover, step by step, until the shares of the config are reached. Dense weights, float32; `model` may be changed.
+def prune(model: Decoder, steps: Sequence[Sizes], text: Text, config: PruneConfig, scratch: Path) -> Pruning:
+    """Cut and recover, step by step (`schedule` says which). Dense weights, float32; `model` may be changed.
 
     `config.precision` must be settled. What was finished lies in `scratch`; an interrupted run continues there to the same bits. Raises
-    ConfigError as `schedule` does, TrainingError when loss or gradient are no longer numbers.
+    TrainingError when loss or gradient are no longer numbers.
     """
-    steps = schedule(model, config)
     done, pruning = _resumed(scratch / "cuts", model)
     with bar("prune", len(steps), done=done) as progress:
         for step in range(done, len(steps)):
@@ -141,10 +140,11 @@ def _build(draft: Draft, config: PruneConfig) -> None:
     check_room(load_config(checkpoint.root), config.recovery)
     model = load_checkpoint(checkpoint.root, dtype=torch.float32)
     check_dense("prune", model, checkpoint, "prune the dense checkpoint and compress the result")
-    before = model.config
-    pruning = prune(model, Text(RowReader(TokenStream(tokens, "train"), config.sequence_tokens), config), config, draft.scratch)
+    before, steps = model.config, schedule(model, config)
+    text = Text(RowReader(TokenStream(tokens, "train"), config.sequence_tokens), config)
+    pruning = prune(model, steps, text, config, draft.scratch)
     save_checkpoint(pruning.model, draft.root, checkpoint.root)
-    draft.facts |= contract.carried(checkpoint, draft.root) | _facts(before, pruning.model.config, schedule(model, config)[-1])
+    draft.facts |= contract.carried(checkpoint, draft.root) | _facts(before, pruning.model.config, steps[-1])
     if pruning.history:
         write_history(draft.root, pruning.history)
         draft.facts |= {"tokens": int(pruning.history[-1]["tokens"]), "final_loss": pruning.history[-1]["loss"]}
