@@ -14,9 +14,10 @@ from lineshaft.compress.calibrate.config import CalibrationConfig
 from lineshaft.compress.calibrate.rows import calibration_rows
 from lineshaft.compress.calibrate.walk import Method, walk
 from lineshaft.compress.config import AwqConfig, GptqConfig, Rounding, SmoothConfig
+from lineshaft.compress.layers import chosen, warn_of_experts
 from lineshaft.compress.methods import Awq, Gptq, Smooth
 from lineshaft.compress.proof import Tolerance, remember
-from lineshaft.compress.stage import chosen, finish, formats_of, warn_of_experts
+from lineshaft.compress.stage import finish, formats_of
 from lineshaft.model.checkpoint import load_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.folder import load_config
@@ -29,7 +30,7 @@ C = TypeVar("C", bound=CalibrationConfig)
 
 def _settle(config: C, parents: Mapping[str, Artifact]) -> C:
     checkpoint = parents["checkpoint"]
-    check_tokenizer("compress", parents["tokens"], checkpoint)
+    check_tokenizer("compress", checkpoint, parents["tokens"])
     most = load_config(checkpoint.root).max_position_embeddings
     if config.sequence_tokens > most:
         told = "take shorter rows (sequence_tokens)"
@@ -39,10 +40,10 @@ def _settle(config: C, parents: Mapping[str, Artifact]) -> C:
 
 def _round_by(draft: Draft, config: Rounding, calibration: CalibrationConfig, method: Method) -> None:
     model = _loaded(draft)
-    layers = chosen(model, config)
+    layers = chosen(model, config, "compress")
     before = remember(model, draft.parents["checkpoint"].root)
     scales = _walked(draft, model, calibration, method)
-    warn_of_experts(model)
+    warn_of_experts(model, "compress")
     finish(draft, model, before, Tolerance(config.tolerated_nats, nearest=False, scales=scales))
     draft.facts |= {"format": formats_of(model), "layers": len(layers)}
 

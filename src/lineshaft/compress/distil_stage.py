@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
+from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -21,12 +21,13 @@ from lineshaft.model.folder import load_config
 from lineshaft.model.memory import stored_in
 from lineshaft.text import contract
 from lineshaft.train.preflight import Training
-from lineshaft.train.stage import FitConfig, check_context, keep, settled, train
+from lineshaft.train.stage import FitConfig, check_context, check_tokenizer, keep, settled, train
 
 
 class DistilConfig(FitConfig):
     """Training a student on what a teacher finds likely. One of `student` and `keep_layers` says what the student is."""
 
+    step: Literal["distil"] = "distil"
     student: Architecture | None = None
     """Shape of a student with fresh weights; the vocabulary is the teacher's."""
     keep_layers: PositiveInt | None = None
@@ -66,9 +67,7 @@ def student_config(config: DistilConfig, teacher: ModelConfig) -> ModelConfig:
 
 def _settle(config: DistilConfig, parents: Mapping[str, Artifact]) -> DistilConfig:
     tokens, checkpoint = parents["tokens"], parents["checkpoint"]
-    tokenizer = hashlib.sha256(checkpoint.path("tokenizer.json").read_bytes()).hexdigest()
-    if tokens.manifest.facts["tokenizer_sha256"] != tokenizer:
-        raise ConfigError(f"distil: {tokens.id} was made with another tokenizer than {checkpoint.id} carries")
+    check_tokenizer("distil", checkpoint, tokens)
     teacher = load_config(checkpoint.root)
     if (wanted := tokens.manifest.facts["vocab_size"]) > teacher.vocab_size:
         raise BadCheckpoint(f"distil: the tokenizer has {wanted} tokens, the teacher's vocab_size is {teacher.vocab_size}: no pair")

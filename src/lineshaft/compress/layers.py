@@ -6,14 +6,14 @@ from fnmatch import fnmatchcase
 
 from lineshaft.base.errors import ConfigError
 from lineshaft.base.terminal import say
-from lineshaft.compress.config import CompressConfig
+from lineshaft.compress.config import Rounding
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.linear import Linear
 from lineshaft.model.moe import ExpertBlock
 from lineshaft.ops.formats import DENSE
 
 
-def chosen(model: Decoder, config: CompressConfig, stage: str) -> dict[str, Linear]:
+def chosen(model: Decoder, config: Rounding, stage: str) -> dict[str, Linear]:
     """The layers that skip and policy leave to be compressed, by name.
 
     Raises ConfigError, which begins with the stage's name, for a pattern that means no layer, where none is left, and naming a layer

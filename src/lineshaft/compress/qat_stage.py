@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -30,7 +29,7 @@ from lineshaft.train.batches import IGNORE, RowReader
 from lineshaft.train.loop import LoopConfig
 from lineshaft.train.objective import NextToken
 from lineshaft.train.optimiser import OptimiserConfig
-from lineshaft.train.stage import FitConfig, check_context, optimise, settled
+from lineshaft.train.stage import FitConfig, check_context, check_tokenizer, note, settled, train
 
 MEASURED_TOKENS = 32_768
 """Held-out tokens on which losses before and after are measured, about."""
@@ -41,6 +40,7 @@ _COMPRESSION = ("format", "group", "symmetric", "activations", "skip", "policy")
 class QatConfig(FitConfig):
     """Training with weights rounded to few bits, all alike or by a policy. A tenth or a fifth of the steps of pre-training is usual."""
 
+    step: Literal["qat"] = "qat"
     format: Literal["int8", "int4"] = "int4"
     """How weights are stored, and rounded in training."""
     group: PositiveInt | None = None
@@ -72,11 +72,8 @@ class QatConfig(FitConfig):
 
 
 def _settle(config: QatConfig, parents: Mapping[str, Artifact]) -> QatConfig:
-    tokens, checkpoint = parents["tokens"], parents["checkpoint"]
-    tokenizer = hashlib.sha256(checkpoint.path("tokenizer.json").read_bytes()).hexdigest()
-    if tokens.manifest.facts["tokenizer_sha256"] != tokenizer:
-        raise ConfigError(f"qat: {tokens.id} was made with another tokenizer than {checkpoint.id} carries")
-    check_context("qat", config, load_config(checkpoint.root))
+    check_tokenizer("qat", parents["checkpoint"], parents["tokens"])
+    check_context("qat", config, load_config(parents["checkpoint"].root))
     return settled(config)
 
 
@@ -91,7 +88,7 @@ def _build(draft: Draft, config: QatConfig) -> None:
     layers = qat.begin(model, config.compression, config.ranges)
     say(f"qat: {len(layers)} linear layers are rounded in training; embeddings, norms, routers and what skip names are not")
     losses["before"] = heldout_loss(model, heldout, config)
-    optimise(draft, model.requires_grad_(True), config)
+    note(draft, model, train(draft, model.requires_grad_(True), config, NextToken(config.further_weight)))
     learnt = qat.finish(model)
     warn_of_experts(model, "qat")
     save_checkpoint(model, draft.root, source.root)

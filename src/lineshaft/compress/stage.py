@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from fnmatch import fnmatchcase
 
 from lineshaft.base.errors import ConfigError
 from lineshaft.base.machine import large_blocks_returned
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Draft
-from lineshaft.base.terminal import bar, say
+from lineshaft.base.terminal import bar
 from lineshaft.compress.config import CompressConfig, Rounding
+from lineshaft.compress.layers import chosen, warn_of_experts
 from lineshaft.compress.preflight import Compressing, judge_compressing
 from lineshaft.compress.proof import Before, Tolerance, prove, remember
 from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32, save_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.folder import load_config
-from lineshaft.model.linear import Linear
 from lineshaft.model.memory import stored_in
-from lineshaft.model.moe import ExpertBlock
 from lineshaft.ops.formats import DENSE
 from lineshaft.text import contract
 
@@ -28,7 +26,7 @@ def compress(model: Decoder, config: Rounding) -> list[str]:
 
     Raises ConfigError naming a layer that does not fit or is compressed already, or a pattern that means no layer.
     """
-    layers = chosen(model, config)
+    layers = chosen(model, config, "compress")
     with bar("compress", len(layers)) as progress, large_blocks_returned():
         for name, linear in layers.items():
             try:
@@ -36,34 +34,8 @@ def compress(model: Decoder, config: Rounding) -> list[str]:
             except ConfigError as error:
                 raise ConfigError(f"compress: {name}: {error}; or add it to skip") from None
             progress.advance()
-    warn_of_experts(model)
+    warn_of_experts(model, "compress")
     return sorted(layers)
-
-
-def warn_of_experts(model: Decoder) -> None:
-    """Other tools take routed experts to be stored alike; tests/compress/test_in_transformers.py shows what comes of it."""
-    blocks = [module for module in model.modules() if isinstance(module, ExpertBlock)]
-    formats = {linear.format for block in blocks for linear in block.experts.modules() if isinstance(linear, Linear)}
-    if len(formats) > 1:
-        shown = ", ".join(sorted(fmt.describe() for fmt in formats))
-        say(f"compress: routed experts have several formats ({shown}): lineshaft runs them, transformers gives other logits without a word")
-
-
-def chosen(model: Decoder, config: Rounding) -> dict[str, Linear]:
-    """The layers that are to be compressed, by name. Raises ConfigError as `compress` does, but for shapes."""
-    linears = model.linears()
-    for what, pattern in [*(("skip", item) for item in config.skip), *(("policy", item) for item in config.policy)]:
-        # A tied head is no layer of its own, so it may find nothing; any other miss is a slip of the pen.
-        if pattern != "lm_head" and not any(fnmatchcase(name, pattern) for name in linears):
-            raise ConfigError(f'compress: {what}: "{pattern}" is no layer of this model; its layers are named like {next(iter(linears))}')
-    found = {name: linear for name, linear in linears.items() if config.coding_of(name) != DENSE}
-    if not found:
-        raise ConfigError("compress: skip and policy leave no layer to compress")
-    for name, linear in found.items():
-        if linear.format != DENSE:
-            told = "rounding it twice would cost quality unseen: compress the checkpoint that this one was made from"
-            raise ConfigError(f"compress: {name} is stored as {linear.format.describe()} already; {told}")
-    return found
 
 
 def _build(draft: Draft, config: CompressConfig) -> None:

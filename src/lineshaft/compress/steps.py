@@ -8,11 +8,25 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Tag
 
 from lineshaft.base.stage import Stage
+from lineshaft.compress.budget_stage import BUDGET, BudgetStepConfig
 from lineshaft.compress.calibrated import AWQ, GPTQ, SMOOTH
 from lineshaft.compress.config import AwqConfig, CompressConfig, GptqConfig, SmoothConfig
+from lineshaft.compress.distil_stage import DISTIL, DistilConfig
+from lineshaft.compress.prune_plan import PruneConfig
+from lineshaft.compress.prune_stage import PRUNE
+from lineshaft.compress.qat_stage import QAT, QatConfig
 from lineshaft.compress.stage import COMPRESS
 
-STEPS: Mapping[str, Stage[Any]] = {"round": COMPRESS, "gptq": GPTQ, "awq": AWQ, "smooth": SMOOTH}
+STEPS: Mapping[str, Stage[Any]] = {
+    "round": COMPRESS,
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "smooth": SMOOTH,
+    "budget": BUDGET,
+    "prune": PRUNE,
+    "distil": DISTIL,
+    "qat": QAT,
+}
 """What a step's `step` says, to its stage; `round` where it says nothing."""
 
 
@@ -28,6 +42,10 @@ _Round = Annotated[CompressConfig, Tag("round")]
 _Gptq = Annotated[GptqConfig, Tag("gptq")]
 _Awq = Annotated[AwqConfig, Tag("awq")]
 _Smooth = Annotated[SmoothConfig, Tag("smooth")]
-_Several = Annotated[list[Annotated[_Round | _Gptq | _Awq | _Smooth, _TOLD]], Tag("steps")]
-Steps = Annotated[_Round | _Gptq | _Awq | _Smooth | _Several, _TOLD]
+_Budget = Annotated[BudgetStepConfig, Tag("budget")]
+_Prune = Annotated[PruneConfig, Tag("prune")]
+_Distil = Annotated[DistilConfig, Tag("distil")]
+_Qat = Annotated[QatConfig, Tag("qat")]
+_Several = Annotated[list[Annotated[_Round | _Gptq | _Awq | _Smooth | _Budget | _Prune | _Distil | _Qat, _TOLD]], Tag("steps")]
+Steps = Annotated[_Round | _Gptq | _Awq | _Smooth | _Budget | _Prune | _Distil | _Qat | _Several, _TOLD]
 """One step, or several in the order in which they are carried out."""

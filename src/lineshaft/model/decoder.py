@@ -20,6 +20,7 @@ from lineshaft.model.moe import Router
 from lineshaft.model.mtp import PredictionLayer
 from lineshaft.model.norm import RmsNorm
 from lineshaft.model.rope import rotation
+from lineshaft.model.units import Units
 from lineshaft.ops import table as ops
 
 
@@ -97,6 +98,12 @@ class Decoder(nn.Module):
         if self.lm_head is not None and not self.config.num_nextn_predict_layers:
             found.append(Junction("model.norm", self.config.hidden_size, ports("model", "norm"), (Port("lm_head"),)))
         return found
+
+    def units(self) -> list[Units]:
+        """What can be taken out (units.py): in every layer, prediction layers included, and then the layers themselves, but for those."""
+        found = [units for name, layer in self.named_modules() if isinstance(layer, Layer) for units in layer.units(name)]
+        at = "model.layers"
+        return [*found, Units(at, "layers", "num_hidden_layers", self.config.num_hidden_layers, (), members=at, alike=False)]
 
     def routers(self) -> list[Router]:
         """The routers of all layers with experts."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lineshaft.model.junction import Junction, Port, ports
 from lineshaft.model.linear import Linear
+from lineshaft.model.units import Place, Size, Units, rows
 from lineshaft.ops import table as ops
 
 
@@ -34,3 +35,8 @@ class FeedForward(nn.Module):
         """From up to down; the gate goes through SiLU first."""
         inside = f"{name}.intermediate", self.up_proj.out_features
         return [Junction(*inside, ports(name, "up_proj"), ports(name, "down_proj"), gates=ports(name, "gate_proj"))]
+
+    def units(self, name: str, size: Size = "intermediate_size") -> list[Units]:
+        """The channels of that junction; `size` counts them."""
+        own, readers = rows(self, name, "up_proj", "gate_proj"), (Place(f"{name}.down_proj.weight", 1),)
+        return [Units(f"{name}.intermediate", "channels", size, self.up_proj.out_features, own, readers)]

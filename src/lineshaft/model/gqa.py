@@ -13,6 +13,7 @@ from lineshaft.model.junction import Junction, Port, ports
 from lineshaft.model.linear import Linear
 from lineshaft.model.norm import RmsNorm
 from lineshaft.model.rope import Rotation
+from lineshaft.model.units import Place, Units, rows
 from lineshaft.ops.reach import Reach
 
 
@@ -49,3 +50,8 @@ class GqaBlock(nn.Module):
         channels, group = self.v_proj.out_features, self.o_proj.in_features // self.v_proj.out_features
         read_R = torch.arange(channels).view(-1, self.head_dim).repeat_interleave(group, 0).flatten()
         return [Junction(f"{name}.values", channels, ports(name, "v_proj"), (Port(f"{name}.o_proj", read_R),))]
+
+    def units(self, name: str) -> list[Units]:
+        """Key-value heads, each with the query heads that share it: these lie side by side."""
+        heads, own = self.k_proj.out_features // self.head_dim, rows(self, name, "q_proj", "k_proj", "v_proj")
+        return [Units(f"{name}.heads", "heads", "num_key_value_heads", heads, own, (Place(f"{name}.o_proj.weight", 1),))]

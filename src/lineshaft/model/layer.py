@@ -15,6 +15,7 @@ from lineshaft.model.mla import MlaBlock
 from lineshaft.model.moe import ExpertBlock
 from lineshaft.model.norm import RmsNorm
 from lineshaft.model.rope import Rotation
+from lineshaft.model.units import Units
 from lineshaft.ops import table as ops
 
 
@@ -50,3 +51,7 @@ class Layer(nn.Module):
             Junction(f"{name}.post_attention_layernorm", hidden, ports(name, "post_attention_layernorm"), self.mlp.readers(feed)),
             *self.mlp.junctions(feed),
         ]
+
+    def units(self, name: str) -> list[Units]:
+        """What can be taken out of attention and feed-forward."""
+        return [*self.self_attn.units(f"{name}.self_attn"), *self.mlp.units(f"{name}.mlp")]

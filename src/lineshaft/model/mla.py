@@ -16,6 +16,7 @@ from lineshaft.model.linear import Linear
 from lineshaft.model.norm import RmsNorm
 from lineshaft.model.positions import Yarn
 from lineshaft.model.rope import Rotation
+from lineshaft.model.units import Place, Units, rows
 from lineshaft.ops import table as ops
 from lineshaft.ops.reach import Reach
 
@@ -78,6 +79,11 @@ class MlaBlock(nn.Module):
         written_R = F.pad(value_HV, (self.nope, 0), value=-1).flatten()  # each head's key rows stand before its value rows
         found.append(Junction(f"{name}.values", values, (Port(f"{name}.kv_b_proj", written_R),), ports(name, "o_proj")))
         return found
+
+    def units(self, name: str) -> list[Units]:
+        """Heads: what expands the query and the latent for each. The latent, its rotated key and an indexer belong to all of them."""
+        own = rows(self, name, "q_b_proj" if self.compressed_query else "q_proj", "kv_b_proj")
+        return [Units(f"{name}.heads", "heads", "num_attention_heads", self.heads, own, (Place(f"{name}.o_proj.weight", 1),))]
 
 
 class IndexerBlock(nn.Module):

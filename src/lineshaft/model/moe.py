@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lineshaft.model.config import MixtureOfExperts
 from lineshaft.model.ffn import FeedForward
 from lineshaft.model.junction import Junction, Port
+from lineshaft.model.units import Place, Units
 from lineshaft.ops import table as ops
 from lineshaft.ops.experts import Feeds, Rule
 from lineshaft.ops.packed import Packed
@@ -134,6 +135,18 @@ class ExpertBlock(nn.Module):
     def junctions(self, name: str) -> list[Junction]:
         """Those inside each expert: routed, shared or added."""
         return [junction for at, feed in self._feed_forwards(name) for junction in feed.junctions(at)]
+
+    def units(self, name: str) -> list[Units]:
+        """The routed experts, each with its row and bias of the router, and the channels inside every expert."""
+        scores = [Place(f"{name}.gate.weight", 0)]
+        if self.gate.e_score_correction_bias is not None:
+            scores.append(Place(f"{name}.gate.e_score_correction_bias", 0))
+        at, groups = f"{name}.experts", self.gate.moe.n_group
+        experts = Units(at, "experts", "n_routed_experts", len(self.experts), tuple(scores), members=at, groups=groups)
+        return [experts, *(units for at, feed in self._feed_forwards(name) for units in self._channels(at, feed))]
+
+    def _channels(self, name: str, feed: FeedForward) -> list[Units]:
+        return feed.units(name, "shared_expert_intermediate_size" if feed is self.shared_expert else "moe_intermediate_size")
 
     def _feed_forwards(self, name: str) -> Iterator[tuple[str, FeedForward]]:
         """Every expert by its name below the model."""

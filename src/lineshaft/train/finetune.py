@@ -7,15 +7,13 @@ from collections.abc import Mapping
 import torch
 from pydantic import Field, PositiveInt
 
-from lineshaft.base.errors import ConfigError
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Artifact, Draft
 from lineshaft.model.checkpoint import load_checkpoint
 from lineshaft.model.folder import load_config
 from lineshaft.model.grow import add_experts
-from lineshaft.ops.formats import DENSE
 from lineshaft.text import contract
-from lineshaft.train.stage import FitConfig, check_context, check_room, check_tokenizer, fit, settled
+from lineshaft.train.stage import FitConfig, check_context, check_dense, check_room, check_tokenizer, fit, settled
 
 
 class FinetuneConfig(FitConfig):
@@ -28,9 +26,8 @@ class FinetuneConfig(FitConfig):
 
 
 def _settle(config: FinetuneConfig, parents: Mapping[str, Artifact]) -> FinetuneConfig:
-    tokens, checkpoint = parents["tokens"], parents["checkpoint"]
-    check_tokenizer("finetune", tokens, checkpoint)
-    check_context("finetune", config, load_config(checkpoint.root))
+    check_tokenizer("finetune", parents["checkpoint"], parents["tokens"])
+    check_context("finetune", config, load_config(parents["checkpoint"].root))
     return settled(config)
 
 
@@ -39,10 +36,7 @@ def _build(draft: Draft, config: FinetuneConfig) -> None:
     contract.check_folder(checkpoint.root)
     check_room(load_config(checkpoint.root), config)
     model = load_checkpoint(checkpoint.root, dtype=torch.float32, active_experts=config.active_experts)
-    compressed = [name for name, linear in model.linears().items() if linear.format != DENSE]
-    if compressed:
-        told = "train the dense checkpoint and compress the result"
-        raise ConfigError(f"finetune: {checkpoint.id} is compressed ({compressed[0]} and {len(compressed) - 1} more layers): {told}")
+    check_dense("finetune", model, checkpoint, "train the dense checkpoint and compress the result")
     if config.added_experts:
         add_experts(model, config.added_experts, config.seed)
     fit(draft, model.requires_grad_(True), checkpoint, config)

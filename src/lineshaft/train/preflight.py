@@ -94,19 +94,11 @@ def _with_holes(lasting: Terms, fleeting: Terms) -> Terms:
     return {**lasting, **fleeting, "holes in the heap": lasting["weights"] + int(HOLES * sum(fleeting.values()))}
 
 
-<<<<<<< HEAD
 def judge_training(
     given: Training, room: int | None = None, task: str = "train", memory: Callable[[Training], Memory] = train_memory
 ) -> Verdict:
     """Does it fit here (`room`: into so many bytes), and what would make it fit. `memory`: what a task needs that trains otherwise."""
-    # An optimiser brings compiler modules of PyTorch with it that nothing else needs.
-    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
-    ladders = (_fewer_rows, _bfloat16, _shorter_rows)
-    return judge(task, given, ladders, memory, resident_memory_bytes() + CODE_BYTES, room)
-=======
-def judge_training(given: Training, room: int | None = None) -> Verdict:
-    """Does it fit here (`room`: into so many bytes), and what would make it fit."""
-    return judge("train", given, LADDERS, train_memory, own_bytes(), room)
+    return judge(task, given, LADDERS, memory, own_bytes(), room)
 
 
 def own_bytes() -> int:
@@ -114,7 +106,6 @@ def own_bytes() -> int:
     # An optimiser brings compiler modules of PyTorch with it that nothing else needs.
     torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
     return resident_memory_bytes() + CODE_BYTES
->>>>>>> h-distil
 
 
 def _fewer_rows(given: Training) -> Iterator[Step[Training]]:

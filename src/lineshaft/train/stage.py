@@ -19,6 +19,7 @@ from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.config import Architecture, LatentAttention, MixtureOfExperts, ModelConfig
 from lineshaft.model.cost import cost_of
 from lineshaft.model.decoder import Decoder
+from lineshaft.ops.formats import DENSE
 from lineshaft.records.tokens import TokenStream
 from lineshaft.text import contract
 from lineshaft.train import loop
@@ -78,11 +79,18 @@ def check_context(name: str, config: FitConfig, model: Architecture) -> None:
         raise ConfigError(f"{asked} exceeds the model's max_position_embeddings {most}: change one")
 
 
-def check_tokenizer(name: str, tokens: Artifact, checkpoint: Artifact) -> None:
-    """Raises ConfigError when tokens were made with another tokenizer than the checkpoint carries."""
+def check_tokenizer(name: str, checkpoint: Artifact, tokens: Artifact) -> None:
+    """Raises ConfigError when the tokens were made with another tokenizer than the checkpoint's."""
     tokenizer = hashlib.sha256(checkpoint.path("tokenizer.json").read_bytes()).hexdigest()
     if tokens.manifest.facts["tokenizer_sha256"] != tokenizer:
         raise ConfigError(f"{name}: {tokens.id} was made with another tokenizer than {checkpoint.id} carries")
+
+
+def check_dense(name: str, model: Decoder, checkpoint: Artifact, told: str) -> None:
+    """Raises ConfigError, which ends with what to do (`told`), when the model in a checkpoint is compressed."""
+    compressed = [layer for layer, linear in model.linears().items() if linear.format != DENSE]
+    if compressed:
+        raise ConfigError(f"{name}: {checkpoint.id} is compressed ({compressed[0]} and {len(compressed) - 1} more layers): {told}")
 
 
 def check_room(model: ModelConfig, config: FitConfig) -> None:
@@ -111,22 +119,6 @@ def _build(draft: Draft, config: TrainConfig) -> None:
 
 def fit(draft: Draft, model: Decoder, tokenizer: Artifact, config: FitConfig) -> None:
     """Train the model on the draft's parent `tokens`; write checkpoint, loss history and facts. `tokenizer` holds the tokenizer's files."""
-<<<<<<< HEAD
-    optimise(draft, model, config)
-    save_checkpoint(model, draft.root, tokenizer.root)
-    draft.facts |= contract.carried(tokenizer, draft.root) | {"format": "dense"}
-
-
-def optimise(draft: Draft, model: Decoder, config: FitConfig) -> None:
-    """Train the model, in place, on the draft's parent `tokens`; write loss history and the facts of training, but no checkpoint."""
-    tokens = draft.parents["tokens"]
-    batches = ShuffledRows(RowReader(TokenStream(tokens, "train"), config.sequence_tokens), config.rows, config.seed)
-    trained = loop.run(model, batches, NextToken(config.further_weight), config.loop, draft.scratch)
-    _write_history(draft.root, trained.history)
-    cost = cost_of(model.config)
-    draft.facts |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters}
-    draft.facts |= {"tokens": trained.tokens, "epochs": trained.tokens / tokens.manifest.facts["train"]["tokens"]}
-=======
     keep(draft, model, tokenizer, train(draft, model, config, NextToken(config.further_weight)))
 
 
@@ -140,19 +132,24 @@ def train(draft: Draft, model: Decoder, config: FitConfig, objective: Objective)
 def keep(draft: Draft, model: Decoder, tokenizer: Artifact, trained: Trained) -> None:
     """Write a trained model's checkpoint, loss history and facts."""
     save_checkpoint(model, draft.root, tokenizer.root)
-    draft.facts |= contract.carried(tokenizer, draft.root)
-    _write_history(draft.root, trained.history)
+    draft.facts |= contract.carried(tokenizer, draft.root) | {"format": "dense"}
+    note(draft, model, trained)
+
+
+def note(draft: Draft, model: Decoder, trained: Trained) -> None:
+    """Write loss history and the facts of training, but no checkpoint."""
+    write_history(draft.root, trained.history)
     cost, read = cost_of(model.config), draft.parents["tokens"].manifest.facts["train"]["tokens"]
-    draft.facts |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters, "format": "dense"}
+    draft.facts |= {"parameters": cost.parameters, "active_parameters": cost.active_parameters}
     draft.facts |= {"tokens": trained.tokens, "epochs": trained.tokens / read}
->>>>>>> h-distil
     draft.facts["final_loss"] = trained.history[-1]["loss"]
     draft.aside |= {"train_seconds": trained.seconds, "threads": torch.get_num_threads()}
     if trained.fresh_tokens:
         draft.aside["tokens_per_second"] = trained.fresh_tokens / trained.seconds
 
 
-def _write_history(folder: Path, history: list[dict[str, float]]) -> None:
+def write_history(folder: Path, history: list[dict[str, float]]) -> None:
+    """The loss curve, an entry a line."""
     (folder / HISTORY_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in history))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,12 +34,17 @@ History = list[dict[str, float]]
 
 def save(folder: Path, step: int, model: Decoder, optimiser: torch.optim.AdamW, history: History) -> None:
     """Write the state after `step` steps; a crash at any moment leaves the earlier states usable."""
+    write(folder, step, _tensors(model, optimiser), {"step": step, "history": history})
+
+
+def write(folder: Path, step: int, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+    """Keep any state under this number: tensors, and what JSON holds. The newest before it is kept as well, older ones go."""
     draft, final = folder / f".step-{step:08d}.part", folder / f"step-{step:08d}"
     shutil.rmtree(draft, ignore_errors=True)
     with files.full_disk_told(folder):
         draft.mkdir(parents=True)
-        save_file(_tensors(model, optimiser), draft / "state.safetensors")
-        (draft / "state.json").write_text(json.dumps({"step": step, "history": history}))
+        save_file(tensors, draft / "state.safetensors")
+        (draft / "state.json").write_text(json.dumps(about))
         records = [files.record(draft, name).model_dump() for name in _FILES]
         files.sync_tree(draft)
         files.write_atomic(draft / "files.json", json.dumps(records).encode())
@@ -50,6 +56,15 @@ def save(folder: Path, step: int, model: Decoder, optimiser: torch.optim.AdamW, 
 
 def restore(folder: Path, model: Decoder, optimiser: torch.optim.AdamW) -> tuple[int, History]:
     """Load the newest undamaged state into model and optimiser; (steps done, history), or (0, []) when there is none."""
+    if (found := newest(folder)) is None:
+        return 0, []
+    tensors, about = found
+    _put_back(tensors, model, optimiser)
+    return int(about["step"]), about["history"]
+
+
+def newest(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """Tensors and JSON of the newest undamaged state; None when there is none. A damaged one is named and removed."""
     for state in reversed(_complete(folder)):
         try:
             _verify(state)
@@ -57,10 +72,8 @@ def restore(folder: Path, model: Decoder, optimiser: torch.optim.AdamW) -> tuple
             say(f"resume: {state.name} is damaged, going back to the one before: {error}")
             shutil.rmtree(state)  # else it would stand where this run will save, and count as one of those kept
             continue
-        about = json.loads((state / "state.json").read_text())
-        _put_back(load_file(state / "state.safetensors"), model, optimiser)
-        return int(about["step"]), about["history"]
-    return 0, []
+        return load_file(state / "state.safetensors"), json.loads((state / "state.json").read_text())
+    return None
 
 
 def _verify(state: Path) -> None:

@@ -134,3 +134,8 @@ def _mla_to_hf(config: ModelConfig, a: LatentAttention) -> dict[str, Any]:
     if a.indexer is not None:
         hf |= {theirs: getattr(a.indexer, ours) for ours, theirs in _INDEXER.items()}
     return hf
+
+
+def heads_load_elsewhere(config: ModelConfig) -> bool:
+    """Does transformers take this number of heads? For two families it wants one that divides hidden_size, whatever the heads' width."""
+    return config.family not in ("llama", "deepseek_v2") or config.hidden_size % config.attention.num_attention_heads == 0
