@@ -227,3 +227,11 @@ def test_a_bad_assignment_is_refused(text: str) -> None:
 
 def test_an_assigned_text_may_hold_an_equals_sign() -> None:
     assert parse_assignment("data.source=/a=b") == ("data.source", "/a=b")
+
+
+def test_items_of_a_list_are_changed_by_their_numbers() -> None:
+    steps = {"steps": [{"kind": "a"}, {"kind": "b", "bits": 8}]}
+    assert merge(steps, nest("steps.1.bits", 4)) == {"steps": [{"kind": "a"}, {"kind": "b", "bits": 4}]}
+    assert merge(steps, nest("steps.2", {"kind": "c"}))["steps"][2] == {"kind": "c"}
+    assert merge(steps, nest("steps.kind", "c")) == {"steps": {"kind": "c"}}  # no number: it takes the list's place
+    assert steps == {"steps": [{"kind": "a"}, {"kind": "b", "bits": 8}]}

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import letter_line
 import pytest
 import torch
 import transformers
+from calibrated_line import ROWS, line
 from toys import Theirs, agree, logits_of, prompt, written_by_transformers
 
 from lineshaft.compress.config import CompressConfig
@@ -64,6 +66,14 @@ def in_half_precision(model: Decoder, part: str) -> Decoder:
 def test_logits_are_ours(name: str, group: int | None, compressed: Callable[..., tuple[Decoder, Path]]) -> None:
     ours, folder = compressed(name, group)
     assert agree(logits_of(ours, prompt(20)), loaded(folder).logits(prompt(20)))
+
+
+@pytest.mark.parametrize("step", ["gptq", "awq"])
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+def test_what_calibration_made_loads_as_well(shape: str, step: str, tmp_path: Path) -> None:
+    made = line(tmp_path / "store", shape).compress(step, bits=4, group=8, **ROWS)
+    text = [token % letter_line.VOCABULARY for token in prompt(20)]
+    assert agree(logits_of(load_checkpoint(made.root), text), loaded(made.root).logits(text))
 
 
 @pytest.mark.parametrize("group", FORMS)

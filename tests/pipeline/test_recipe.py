@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_line import DEEPSEEK
 
-from lineshaft.base.config import flatten
+from lineshaft.base.config import flatten, load
 from lineshaft.base.errors import ConfigError
 from lineshaft.pipeline.recipe import Recipe, read_recipe
 
@@ -102,3 +102,25 @@ def test_every_value_knows_where_it_came_from(tmp_path: Path) -> None:
     told = {place: origin for place, origin in sourced.origin.items() if origin != "default"}
     assert told == {"train.seed": "mine.yaml", "train.rows": "--set", "evaluate.speed.batch": "--set"}
     assert sourced.origin["compress.format"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"grup": 3}, r'"compress.grup": unknown; did you mean "group"\?'),
+        ([{"step": "awq", "alfa": 1}], r'"compress.0.alfa": unknown'),
+        ([{"step": "round"}, {"step": "squash"}], '"compress.1": step: one of round, gptq, awq, smooth, budget, prune, distil, qat'),
+        ({"step": "gptq", "bits": 3}, "bits: 4 or 8, and no format beside it"),
+        ({"bits": 4, "format": "int4"}, "bits: 4 or 8, and no format beside it"),
+        ([{"step": "prune"}], "nothing is to be cut"),
+    ],
+    ids=str,
+)
+def test_steps_that_are_wrong_are_named(given: object, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load(Recipe, {"name": "mine", "compress": given})
+
+
+def test_bits_are_short_for_a_format() -> None:
+    (step,) = load(Recipe, {"name": "mine", "compress": [{"bits": 4}]}).compressing()
+    assert step == load(Recipe, {"name": "mine", "compress": {"format": "int4"}}).compress

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -54,7 +55,8 @@ class Bench:
                 write_exchanges(draft, [(said, Timing(ready_seconds=0, first_token_seconds=0, seconds=0))])
             (draft.root / "payload.bin").write_text(step.name)
 
-        return dataclasses.replace(step, stage=dataclasses.replace(step.stage, build=build))
+        settle = {"settle": lambda config, _: config} if step.section == "compress" else {}  # it would look into the checkpoint
+        return dataclasses.replace(step, stage=dataclasses.replace(step.stage, build=build, **settle))
 
     def run(self, **changed: Any) -> tuple[list[str], Outcome]:
         """Run the recipe with dotted values changed (two underscores for the dot); the steps that were built."""
@@ -114,6 +116,19 @@ def test_a_changed_source_reruns_everything_and_a_moved_one_nothing(bench: Bench
     assert bench.run(data__source=str(moved))[0] == []
     (moved / "note-00.txt").write_text("Another text altogether, of more than ten words, so that it is kept and changes all.")
     assert bench.run(data__source=str(moved))[0] == list(STEPS)
+
+
+def test_compress_may_be_a_list_of_steps_and_the_last_one_is_what_is_served(bench: Bench) -> None:
+    last = {"step": "gptq", "bits": 4, "group": 16}
+    steps = [{"step": "smooth"}, {"step": "prune", "channels": 0.5}, {"step": "smooth", "alpha": 0.7}, last]
+    built, outcome = bench.run(compress=steps)
+    assert built[3:8] == ["train", "smooth", "prune", "smooth_2", "compress"]
+    ids = {node.name: node.artifact for node in outcome.nodes}
+    chain = ["train", "smooth", "prune", "smooth_2", "compress"]
+    assert all(ids[after].manifest.parents["checkpoint"] == ids[before].id for before, after in itertools.pairwise(chain))
+    assert ids["compress"].manifest.parents["tokens"] == ids["tokens"].id
+    assert ids["evaluate_compressed"].manifest.parents["checkpoint"] == ids["compress"].id
+    assert bench.run(compress=[*steps[:3], steps[3] | {"damp": 0.1}])[0] == ["compress", "evaluate_compressed", "serve"]
 
 
 def test_a_stage_that_is_left_out_takes_with_it_what_hangs_on_it(bench: Bench) -> None:
