@@ -41,7 +41,7 @@ class Compared:
 
     def sentence(self) -> str:
         """For people."""
-        loss = f"loss {self.loss.estimate:+.2%} (95 % of the time {self.loss.low:+.2%} to {self.loss.high:+.2%}: {self.verdict})"
+        loss = f"loss {self.loss.estimate:+.2%} (95 % interval {self.loss.low:+.2%} to {self.loss.high:+.2%}: {self.verdict})"
         low, middle, high = (-100 * end for end in (self.misses.high, self.misses.estimate, self.misses.low))
         right = f"next token right {middle:+.2f} points ({low:+.2f} to {high:+.2f})"
         found = self.agreement
