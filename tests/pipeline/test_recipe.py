@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jsonschema
 import pytest
 from tiny_line import DEEPSEEK
 
@@ -124,3 +125,15 @@ def test_steps_that_are_wrong_are_named(given: object, told: str) -> None:
 def test_bits_are_short_for_a_format() -> None:
     (step,) = load(Recipe, {"name": "mine", "compress": [{"bits": 4}]}).compressing()
     assert step == load(Recipe, {"name": "mine", "compress": {"format": "int4"}}).compress
+
+
+STEPS = [{"group": 32}, {"step": "awq", "bits": 4}, [{"step": "smooth"}, {"bits": 8}], {"step": "prune", "channels": 0.3}]
+
+
+@pytest.mark.parametrize("compress", STEPS, ids=str)
+def test_editors_accept_the_steps_that_a_run_accepts(compress: object) -> None:
+    table = {"name": "mine", "compress": compress}
+    assert load(Recipe, table)
+    validator = jsonschema.Draft202012Validator(Recipe.model_json_schema())
+    assert validator.is_valid(table)
+    assert not validator.is_valid({"name": "mine", "compress": {"step": "squash"}})

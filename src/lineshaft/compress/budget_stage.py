@@ -11,7 +11,7 @@ from lineshaft.base.config import load
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Artifact, Draft
 from lineshaft.base.terminal import say
-from lineshaft.compress.config import CompressConfig
+from lineshaft.compress.config import NAMED, CompressConfig
 from lineshaft.compress.plan import BudgetConfig, calibration, plan
 from lineshaft.compress.preflight import Compressing, judge_compressing
 from lineshaft.compress.proof import Tolerance, remember
@@ -29,6 +29,7 @@ PLAN_FILE = "plan.json"
 class BudgetStepConfig(BudgetConfig):
     """Bits where they do most good, for a size that is given."""
 
+    model_config = NAMED
     step: Literal["budget"] = "budget"
     proof_nats: PositiveFloat | None = None
     """As for rounding: nats a token by which next-token chances on a golden text may differ from the source's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from lineshaft.base.config import Config
 from lineshaft.compress.calibrate.config import CalibrationConfig
@@ -13,9 +13,27 @@ from lineshaft.model.memory import integer_of, is_format
 from lineshaft.ops.formats import DENSE, Format, Integer
 
 
+def _must_say_step(schema: dict[str, Any]) -> None:
+    schema["required"] = [*schema.get("required", []), "step"]
+
+
+NAMED = ConfigDict(json_schema_extra=_must_say_step)
+"""Of all steps but `round`: in the recipe's JSON Schema a table without `step` means that one alone."""
+
+
+def _offer_bits(schema: dict[str, Any]) -> None:
+    schema["properties"]["bits"] = {"description": "Short for format.", "enum": [4, 8]}
+
+
+def _must_say_step_or_bits(schema: dict[str, Any]) -> None:
+    _must_say_step(schema)
+    _offer_bits(schema)
+
+
 class Rounding(Config):
     """Weights in fewer bits, all alike or by a policy."""
 
+    model_config = ConfigDict(json_schema_extra=_offer_bits)
     format: Literal["int8", "int4"] = "int8"
     """How weights are stored."""
     group: PositiveInt | None = None
@@ -83,6 +101,7 @@ class CompressConfig(Rounding):
 
 
 class _Calibrated(Rounding, CalibrationConfig):
+    model_config = ConfigDict(json_schema_extra=_must_say_step_or_bits)
     format: Literal["int8", "int4"] = "int4"
     """How weights are stored."""
     group: PositiveInt | None = 128
@@ -112,6 +131,7 @@ class AwqConfig(_Calibrated):
 class SmoothConfig(CalibrationConfig):
     """Outliers of activations moved into weights, by calibration (compress/smooth.py); weights stay dense, for a step after this."""
 
+    model_config = NAMED
     step: Literal["smooth"] = "smooth"
     alpha: float = Field(0.5, ge=0, le=1)
     """How much of the difficulty goes into the weights."""

@@ -11,6 +11,7 @@ from lineshaft.base.errors import BadCheckpoint, ConfigError
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Artifact, Draft
 from lineshaft.base.terminal import say
+from lineshaft.compress.config import NAMED
 from lineshaft.compress.distil import Distil, Mixture, cut, cut_config, evenly_spaced, pairs_of
 from lineshaft.compress.distil_preflight import Distilling, judge_distilling
 from lineshaft.model.checkpoint import load_checkpoint
@@ -27,6 +28,7 @@ from lineshaft.train.stage import FitConfig, check_context, check_tokenizer, kee
 class DistilConfig(FitConfig):
     """Training a student on what a teacher finds likely. One of `student` and `keep_layers` says what the student is."""
 
+    model_config = NAMED
     step: Literal["distil"] = "distil"
     student: Architecture | None = None
     """Shape of a student with fresh weights; the vocabulary is the teacher's."""

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from lineshaft.base.config import Config
 from lineshaft.base.errors import ConfigError
+from lineshaft.compress.config import NAMED
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.hf.attention import heads_load_elsewhere
@@ -27,6 +28,7 @@ _KINDS: tuple[Kind, ...] = ("channels", "heads", "experts", "layers")
 class PruneConfig(Config):
     """Structured pruning: units that are worth little are cut out in small steps, and what is left is trained after each."""
 
+    model_config = NAMED
     step: Literal["prune"] = "prune"
     channels: Share = 0.0
     """Share of the channels inside feed-forward blocks to cut, those of experts included."""

@@ -16,7 +16,7 @@ from lineshaft.base.stage import Stage
 from lineshaft.base.store import Artifact, Draft
 from lineshaft.base.terminal import say
 from lineshaft.compress import qat
-from lineshaft.compress.config import CompressConfig
+from lineshaft.compress.config import NAMED, CompressConfig
 from lineshaft.compress.layers import warn_of_experts
 from lineshaft.compress.qat_preflight import judge_qat
 from lineshaft.compress.stage import formats_of
@@ -40,6 +40,7 @@ _COMPRESSION = ("format", "group", "symmetric", "activations", "skip", "policy")
 class QatConfig(FitConfig):
     """Training with weights rounded to few bits, all alike or by a policy. A tenth or a fifth of the steps of pre-training is usual."""
 
+    model_config = NAMED
     step: Literal["qat"] = "qat"
     format: Literal["int8", "int4"] = "int4"
     """How weights are stored, and rounded in training."""
