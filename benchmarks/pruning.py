@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/pruning.py loss --store FOLDER [--models llama ...] [--cut channels=0.4 ...] [--set recovery_steps=200]
     .venv/bin/python benchmarks/pruning.py redundant --store FOLDER         # a quarter of the experts are copies, and a quarter is cut
-    .venv/bin/python benchmarks/pruning.py speed [FOLDER] [--cut channels=0.4,heads=0.4]
+    .venv/bin/python benchmarks/pruning.py speed [FOLDER] [--cut channels=0.4,heads=0.5]
 
 loss: tiny models trained on the quickstart's text (fidelity_models.py). The control is the dense model trained further, for as many steps,
 on the same batches, at the same learning rate. Rises are in percent of the control's loss, with the 95 % interval of the paired differences
@@ -170,7 +170,7 @@ def steps(engine: Engine) -> Iterator[Any]:
 def speed(given: argparse.Namespace) -> None:
     with folder_of(given.folder) as folder:
         dense = load_checkpoint(folder, dtype=torch.bfloat16)
-        for shares in given.cut or ["channels=0.4", "channels=0.4,heads=0.4", "layers=0.4"]:
+        for shares in given.cut or ["channels=0.4", "channels=0.4,heads=0.5", "layers=0.4"]:
             pruned = smaller(dense, settings(shares, []))
             before, after = cost_of(dense.config), cost_of(pruned.config)
             share = 1 - after.active_parameters / before.active_parameters
