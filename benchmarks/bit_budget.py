@@ -32,7 +32,7 @@ from lineshaft.compress.budget import Option, Options, allocate, frontier
 from lineshaft.compress.config import coding
 from lineshaft.compress.plan import MEASURES, BudgetConfig, calibration
 from lineshaft.compress.sensitivity import Damage
-from lineshaft.compress.units import Tied, Unit, bytes_of, linear_of, units
+from lineshaft.compress.ties import Tied, Unit, bytes_of, linear_of, units
 from lineshaft.model.attend import PackedCausal
 from lineshaft.model.checkpoint import load_checkpoint
 from lineshaft.model.decoder import Decoder

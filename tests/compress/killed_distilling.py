@@ -18,6 +18,7 @@ from typing import Any
 import distilling
 import letter_line
 import torch
+from killed_training import in_a_fork
 
 from lineshaft.base.store import Artifact, Store
 from lineshaft.compress.distil import Distil
@@ -48,24 +49,10 @@ def distil(folder: Path, kill_at: int = 0) -> list[Any]:
             os.kill(os.getpid(), signal.SIGKILL)
         return _plain_call(*args)
 
-    Distil.__call__ = counted  # type: ignore[method-assign]
+    Distil.__call__ = counted  # type: ignore[method-assign]  # counts, and kills
     steps.clear()
     store, parents = line(folder)
     return [DISTIL(store, CONFIG, **parents).manifest.digest, len(steps)]
-
-
-def in_a_fork(folder: Path, kill_at: int, answer: Path) -> Any:
-    """What `distil` returned in a child process, or None when that was killed."""
-    child = os.fork()
-    if child == 0:
-        answer.write_text(json.dumps(distil(folder, kill_at)))
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        return None
-    if os.WEXITSTATUS(status):
-        sys.exit("a run failed by itself")
-    return json.loads(answer.read_text())
 
 
 def main(folder: Path) -> None:
@@ -75,8 +62,8 @@ def main(folder: Path) -> None:
     for step in (2, 4, 8):
         here = folder / str(step)
         line(here)
-        assert in_a_fork(here, step, folder / "answer") is None
-        reruns.append(in_a_fork(here, 0, folder / "answer"))
+        assert in_a_fork(lambda: distil(here, step), folder / "answer") is None  # noqa: B023
+        reruns.append(in_a_fork(lambda: distil(here), folder / "answer"))  # noqa: B023
     print(json.dumps({"undisturbed": undisturbed, "reruns": reruns}))
 
 

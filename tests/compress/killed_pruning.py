@@ -12,9 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
 import letter_line
 import torch
+from killed_training import EVENTS, Countdown, in_a_fork
 
 from lineshaft.compress import prune_stage
 from lineshaft.compress.prune_plan import PruneConfig
@@ -29,7 +28,6 @@ from lineshaft.train import state
 from lineshaft.train.objective import NextToken
 from lineshaft.train.stage import PRETRAIN
 
-EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree"}
 CONFIG = PruneConfig(
     **{"channels": 0.5, "experts": 0.5, "multiple": 4, "step_share": 0.2, "calibration_rows": 2},
     **{"recovery_steps": 3, "sequence_tokens": 16, "rows": 2, "precision": "float32"},
@@ -50,28 +48,6 @@ def run(folder: Path) -> list[Any]:
     return [len(cuts) - before, made.manifest.digest]
 
 
-class Countdown:
-    """Kills this process at the n-th event while it is armed."""
-
-    def __init__(self, n: int) -> None:
-        self.left, self.armed = n, False
-
-    def event(self) -> None:
-        self.left -= self.armed
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def during(self, call: Callable[..., Any], when: Callable[..., bool]) -> Callable[..., Any]:
-        def watched(*given: Any) -> Any:
-            self.armed = when(*given)
-            result = call(*given)
-            self.event()  # and right after it
-            self.armed = False
-            return result
-
-        return watched
-
-
 def trap(where: str, n: int) -> None:
     countdown = Countdown(n)
     if where == "keep":
@@ -79,20 +55,6 @@ def trap(where: str, n: int) -> None:
         state.write = countdown.during(state.write, lambda folder, step, *_: folder.name == "cuts" and step == 2)
     else:  # calibration, cutting and recovery all ask for the loss
         NextToken.__call__ = countdown.during(NextToken.__call__, lambda *_: True)
-
-
-def in_a_fork(work: Callable[[], object], answer: Path) -> Any:
-    """What `work` returned in a child process, or None when that was killed."""
-    child = os.fork()
-    if child == 0:
-        answer.write_text(json.dumps(work()))
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        return None
-    if os.WEXITSTATUS(status):
-        sys.exit("a run failed by itself")
-    return json.loads(answer.read_text())
 
 
 def main(folder: Path) -> None:

@@ -88,7 +88,7 @@ def test_the_gradient_at_the_logits_is_hintons() -> None:
     """Section 2 of the paper: temperature^2 times 1 / temperature (q - p) for the teacher's part."""
     teacher, student, mixture = model_of(distilling.shape(4), 1), model_of(distilling.shape(2), 2), Mixture(0.7, 3.0)
     kept, plain = [], student.logits
-    student.logits = lambda hidden: kept.append(plain(hidden)) or kept[0].retain_grad() or kept[0]  # type: ignore[method-assign]
+    student.logits = lambda hidden: kept.append(plain(hidden)) or kept[0].retain_grad() or kept[0]  # type: ignore[method-assign]  # listens in
     loss_of(Distil(teacher, student, mixture), student).total.backward()
     place = 0
     for document in DOCUMENTS:
@@ -156,7 +156,7 @@ def test_the_teacher_runs_in_its_own_dtype_whatever_the_student_is_trained_in() 
     for dtype in (torch.float32, torch.bfloat16):
         teacher = model_of(distilling.shape(4), 1).to(dtype)
         seen, plain = [], teacher.logits
-        teacher.logits = lambda hidden, plain=plain, seen=seen: seen.append(plain(hidden)) or seen[-1]  # type: ignore[method-assign]
+        teacher.logits = lambda hidden, plain=plain, seen=seen: seen.append(plain(hidden)) or seen[-1]  # type: ignore[method-assign]  # listens in
         for enabled in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
                 loss = loss_of(Distil(teacher, student, Mixture(0.5, 2.0, 1.0)), student)

@@ -21,7 +21,7 @@ from lineshaft.base.errors import ConfigError
 from lineshaft.compress.config import coding
 from lineshaft.compress.estimates import fisher, gradient
 from lineshaft.compress.sensitivity import Damage, divergences
-from lineshaft.compress.units import Unit, units
+from lineshaft.compress.ties import Unit, units
 from lineshaft.model.attend import PackedCausal
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.decoder import Decoder

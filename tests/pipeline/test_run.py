@@ -165,7 +165,11 @@ def flip(path: Path, place: int = -1) -> None:
     path.write_bytes(content)
 
 
-SHOWN = {"evaluate_base": ["report.json", "measured.json"], "serve": ["exchanges.jsonl", "timings.jsonl"], "train": ["history.jsonl"]}
+SHOWN = {
+    "evaluate_base": ["report.json", "greedy.u32", "measured.json"],
+    "serve": ["exchanges.jsonl", "timings.jsonl"],
+    "train": ["history.jsonl"],
+}
 
 
 @pytest.mark.parametrize(("step", "name"), [(step, name) for step, names in SHOWN.items() for name in names])

@@ -20,7 +20,7 @@ from torch import Tensor
 from lineshaft.base.errors import ConfigError
 from lineshaft.base.terminal import bar
 from lineshaft.compress.sensitivity import Damage, at_rest, offered, targets_of
-from lineshaft.compress.units import Unit, linear_of
+from lineshaft.compress.ties import Unit, linear_of
 from lineshaft.model.attend import PackedCausal
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.linear import Linear

@@ -2,7 +2,7 @@
 
     plan(model, calibration(tokens, config), config).policy     # CompressConfig(policy=...) takes it
 
-Each unit (units.py) is rated in each format on offer (sensitivity.py, estimates.py), and budget.py finds the formats of least summed
+Each unit (ties.py) is rated in each format on offer (sensitivity.py, estimates.py), and budget.py finds the formats of least summed
 damage. Damages of units that are rounded together do not add up exactly: `Plan.damage` is a forecast, `evaluate` measures.
 """
 
@@ -20,7 +20,7 @@ from lineshaft.base.store import Artifact
 from lineshaft.compress.budget import Option, Options, allocate
 from lineshaft.compress.estimates import fisher, gradient
 from lineshaft.compress.sensitivity import Damage, divergences
-from lineshaft.compress.units import Tied, Unit, bytes_of, fitting, linear_of, units
+from lineshaft.compress.ties import Tied, Unit, bytes_of, fitting, linear_of, units
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.memory import is_format
 from lineshaft.records.tokens import TokenStream
@@ -100,7 +100,7 @@ def plan(model: Decoder, batches: Sequence[Batch], config: BudgetConfig) -> Plan
     """The policy of least damage within the budget, for a dense model; it is left as it was.
 
     Exact in the sum of the units' damages. Raises ConfigError for a budget below what the smallest formats take, telling how much
-    that is, and as units.fitting and the measures do.
+    that is, and as ties.fitting and the measures do.
     """
     own = units(model, config.skip, config.tied)
     if not own:

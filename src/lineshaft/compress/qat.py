@@ -75,13 +75,13 @@ class FakeInteger:
 
     def decode(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """See Format: to the bit what the stored integers decode to."""
-        rounded_OI: Tensor = _Rounded.apply(self, tensors["weight"], tensors["log_scale"], tensors.get("shift"))  # type: ignore[no-untyped-call]
+        rounded_OI: Tensor = _Rounded.apply(self, tensors["weight"], tensors["log_scale"], tensors.get("shift"))  # type: ignore[no-untyped-call]  # torch leaves Function.apply untyped
         return rounded_OI.to(dtype)
 
     def matmul(self, x_TI: Tensor, tensors: Tensors, bias_O: Tensor | None) -> Tensor:
         """See Format. Where activations are rounded, the integers' own product takes another order of sums (reference.linear_int_a8)."""
         if self.real.activations is not None:
-            x_TI = _RoundedTokens.apply(x_TI)  # type: ignore[no-untyped-call]
+            x_TI = _RoundedTokens.apply(x_TI)  # type: ignore[no-untyped-call]  # torch leaves Function.apply untyped
         return table.linear(x_TI, self.decode(tensors, x_TI.dtype), bias_O)
 
     def describe(self) -> str:

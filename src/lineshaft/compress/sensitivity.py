@@ -1,4 +1,4 @@
-"""How much a model is hurt when one unit of it (units.py) is stored in fewer bits: measured. Estimates are in estimates.py.
+"""How much a model is hurt when one unit of it (ties.py) is stored in fewer bits: measured. Estimates are in estimates.py.
 
 Shape letters: T tokens, V vocabulary, I inputs, R rows that are predicted.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lineshaft.base.errors import ConfigError
 from lineshaft.base.terminal import bar
-from lineshaft.compress.units import Unit, fitting, linear_of
+from lineshaft.compress.ties import Unit, fitting, linear_of
 from lineshaft.model.attend import PackedCausal
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.linear import Linear

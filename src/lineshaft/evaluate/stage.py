@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -31,6 +30,7 @@ from lineshaft.records.tokens import TokenStream
 from lineshaft.text import contract
 from lineshaft.text.tokenizer import Tokenizer
 from lineshaft.train.batches import RowReader
+from lineshaft.train.stage import check_tokenizer
 
 
 class EvaluateConfig(Config):
@@ -47,9 +47,7 @@ class EvaluateConfig(Config):
 
 
 def _settle(config: EvaluateConfig, parents: Mapping[str, Artifact]) -> EvaluateConfig:
-    tokenizer = hashlib.sha256(parents["checkpoint"].path("tokenizer.json").read_bytes()).hexdigest()
-    if parents["tokens"].manifest.facts["tokenizer_sha256"] != tokenizer:
-        raise ConfigError(f"evaluate: {parents['tokens'].id} was made with another tokenizer than {parents['checkpoint'].id} carries")
+    check_tokenizer("evaluate", parents["checkpoint"], parents["tokens"])
     return config
 
 

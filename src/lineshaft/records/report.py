@@ -19,7 +19,7 @@ from lineshaft.base.errors import StoreError
 from lineshaft.base.store import Artifact, Draft
 
 REPORT_FILE = "report.json"
-GREEDY_FILE = "greedy.bin"
+GREEDY_FILE = "greedy.u32"
 """The most likely token at each predicted place of the held-out text, little-endian uint32; documents one after another."""
 MEASURED_FILE = "measured.json"
 

@@ -11,7 +11,7 @@ from shapes import SHAPES
 
 from lineshaft.base.errors import ConfigError
 from lineshaft.compress.config import coding
-from lineshaft.compress.units import Tied, bytes_of, fitting, units
+from lineshaft.compress.ties import Tied, bytes_of, fitting, units
 from lineshaft.model.decoder import Decoder
 from lineshaft.ops.formats import DENSE
 
