@@ -92,7 +92,7 @@ def prove(before: Before, model: Decoder, folder: Path, tolerance: Tolerance) ->
         seen = f"on {len(before.golden_TV)} tokens next-token chances are {nats:.3g} nats from the source's"
         told = f"{seen}, tolerated are {tolerance.nats:g}"
         raise BadCheckpoint(f"{folder}: {told} (proof_nats): take more bits or smaller groups, or skip layers")
-    return {name: round(steps, 4) for name, steps in error.items()} | {"golden_nats": float(f"{nats:.4g}")}
+    return {name: round(steps, 4) for name, steps in error.items()} | {"golden_nats": float(f"{max(nats, 0.0):.4g}")}
 
 
 def _hold_against(tensors: Mapping[str, Tensor], model: Decoder, folder: Path, tolerance: Tolerance) -> dict[str, float]:
