@@ -20,6 +20,9 @@ from lineshaft.ops.formats import Integer
 
 Order = Literal["none", "activation"]
 
+COPIES = 4
+"""Float64 matrices as large as the Hessian that `Factor.of` holds at once, at most."""
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -49,7 +52,8 @@ class Factor:
         order_I = torch.arange(len(hessian_II), device=hessian_II.device)
         if order == "activation":
             order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
-        return cls(order_I, _factor(hessian_II[order_I][:, order_I], damp).to(torch.float32), order == "none")
+            hessian_II = hessian_II[order_I][:, order_I]
+        return cls(order_I, _factor(hessian_II, damp).to(torch.float32), order == "none")
 
 
 def gptq(weight_OI: Tensor, factor: Factor, fmt: Integer, block: int = 128) -> dict[str, Tensor]:
@@ -130,9 +134,12 @@ def _factor(hessian_II: Tensor, damp: float) -> Tensor:
         damped_II = hessian_II.flip(0, 1)
         damped_II.diagonal().add_(damp * hessian_II.diagonal().mean())
         lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+        del damped_II  # each of these is twice the Hessian: see COPIES
         if not failed:
+            upper_II = lower_II.flip(0, 1)
+            del lower_II
             identity_II = torch.eye(len(hessian_II), dtype=hessian_II.dtype, device=hessian_II.device)
-            factor_II: Tensor = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
+            factor_II: Tensor = torch.linalg.solve_triangular(upper_II, identity_II, upper=True)
             return factor_II
         if damp == 1:
             raise ConfigError(

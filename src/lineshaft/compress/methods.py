@@ -92,6 +92,7 @@ class Awq:
 
     def treat(self, part: Part, seen: Mapping[str, Inputs]) -> dict[str, Tensor]:
         """See Method. A layer that no token came to has no say in scales."""
+        part.own()
         linears, scales = _chosen(part, self.config), {}
         read_by: dict[str, Tensor] = {}
         for junction in part.junctions():
@@ -144,6 +145,7 @@ class Smooth:
 
     def treat(self, part: Part, seen: Mapping[str, Inputs]) -> dict[str, Tensor]:
         """See Method. Channels that no token came through stay what they are."""
+        part.own()
         junctions = part.junctions()
         maxima = {junction.name: largest_of(junction, seen) for junction in junctions}
         return smooth(part.model, maxima, self.config.alpha, self.config.norms_only, junctions)

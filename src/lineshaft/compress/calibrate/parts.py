@@ -47,6 +47,13 @@ class Part(ABC):
         for name in self.names:
             yield from self.model.get_submodule(name).named_modules(prefix=name)
 
+    def own(self) -> None:
+        """Hold copies instead of what is mapped from the checkpoint. To be called before weights are changed in place: pages of a mapped
+        file that were written to belong to the process, and leave memory only with the last tensor of that file."""
+        for name, parameter in self.model.named_parameters():
+            if self.holds(name):
+                parameter.data = parameter.data.clone()
+
     def junctions(self) -> list[Junction]:
         """Those of which this part has the readers."""
         return [item for item in self.model.junctions() if all(self.holds(port.module) for port in item.readers)]

@@ -16,6 +16,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from lineshaft.base.machine import large_blocks_returned
 from lineshaft.base.terminal import bar
 from lineshaft.compress.calibrate import kept
 from lineshaft.compress.calibrate.observe import Inputs, Wanted
@@ -57,9 +58,12 @@ def walk(model: Decoder, rows: list[Surroundings], method: Method, folder: Path)
         for number, part in enumerate(parts[done:], done + 1):
             watched = method.watched(part)
             seen, after = part.observe(hidden, rows, watched, method.wanted)
-            found = method.treat(part, seen)
+            with large_blocks_returned():
+                found = method.treat(part, seen)
             missed = sorted(watched.keys() - seen.keys())
+            del seen  # Hessians are large, and the next part's come before this name is bound anew
             if method.changes_outputs:
+                del after
                 after = [part.run(x_TI, around) for x_TI, around in zip(hidden, rows, strict=True)]
             kept.save(folder, number, _tensors(part), found, missed, after)
             _take(part, method, kept.tensors(folder, number)[0])
