@@ -20,6 +20,8 @@ from lineshaft.ops.formats import Integer
 
 Order = Literal["none", "activation"]
 
+BLOCK = 128
+"""Inputs after which later ones learn of the errors at once (the paper's lazy batches)."""
 COPIES = 4
 """Float64 matrices as large as the Hessian that `Factor.of` holds at once, at most."""
 
@@ -56,11 +58,11 @@ class Factor:
         return cls(order_I, _factor(hessian_II, damp).to(torch.float32), order == "none")
 
 
-def gptq(weight_OI: Tensor, factor: Factor, fmt: Integer, block: int = 128) -> dict[str, Tensor]:
+def gptq(weight_OI: Tensor, factor: Factor, fmt: Integer, block: int = BLOCK) -> dict[str, Tensor]:
     """The tensors of `fmt` for a dense weight, rounded so that its outputs on the calibration inputs change little.
 
-    block: inputs after which later ones learn of the errors at once (the paper's lazy batches: speed only); made a multiple of the
-    group, or as large. An input that was always zero is rounded to nearest. Raises ConfigError for a shape that does not fit.
+    block: see BLOCK, a matter of speed only; made a multiple of the group, or as large. An input that was always zero is rounded to
+    nearest. Raises ConfigError for a shape that does not fit.
     """
     outputs, inputs = weight_OI.shape
     width = inputs // fmt.groups(inputs)
