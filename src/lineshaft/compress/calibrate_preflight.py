@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lineshaft.base.machine import resident_memory_bytes
-from lineshaft.compress import awq, gptq, proof
+from lineshaft.compress import gptq, proof
 from lineshaft.compress.calibrate.observe import SAMPLE
 from lineshaft.compress.calibrate.rows import ROWS_AT_ONCE
 from lineshaft.compress.config import AwqConfig, GptqConfig, SmoothConfig
