@@ -1,7 +1,7 @@
 """What the calibrated steps need in memory, told before any weight is loaded.
 
-Counted is what belongs to the process, and the weights of the part that is worked on. Weights of other parts, the source that the proof looks
-at, and what is finished are mapped from files: the system can take their pages back, so a model may be larger than the memory.
+Counted is what belongs to the process. Weights of other parts, the source that the proof looks at, and what is finished are mapped from
+files: the system can take their pages back, so a model may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lineshaft.base.machine import resident_memory_bytes
-from lineshaft.compress import gptq, proof
+from lineshaft.compress import awq, gptq, proof
 from lineshaft.compress.calibrate.observe import SAMPLE
-from lineshaft.compress.calibrate.rows import ROWS_AT_ONCE
+from lineshaft.compress.calibrate.rows import rows_at_once
 from lineshaft.compress.config import AwqConfig, GptqConfig, SmoothConfig
 from lineshaft.compress.methods import Awq, Gptq, Smooth
 from lineshaft.compress.preflight import CODE_BYTES
@@ -25,8 +25,6 @@ from lineshaft.ops.formats import DENSE
 
 Config = GptqConfig | AwqConfig | SmoothConfig
 METHODS = {"gptq": Gptq, "awq": Awq, "smooth": Smooth}
-MAPPED = "the part's weights, mapped"
-"""The one term whose pages are a file's."""
 HOLES = 0.3
 """Share of a batch's pass that lies unused in the heap, as passes and statistics of parts differ in size (docs/preflight.md)."""
 LEAST_SEQUENCES = 16
@@ -34,10 +32,12 @@ LEAST_TOKENS = 64
 """No fewer and no shorter rows are proposed."""
 _A_TOKEN = 40
 """Bytes of a token of the text: its id, the next one's, position, document and place in it."""
-_SCALED = 11
-"""Bytes a weight while it is scaled and found finite (model.junction.scale), in float32; in bfloat16 10."""
+_SCALED = {"float32": 11, "bfloat16": 10, "float16": 10}
+"""Bytes a weight, beside itself, while it is scaled and found finite (model.junction.scale)."""
 _ROUNDED = 6
 """Bytes a weight while GPTQ rounds it: a float32 copy, and its codes as they are found and in their own order."""
+_ENCODED = 9
+"""Bytes a weight while it is rounded to nearest: float32 twice in bfloat16, and codes."""
 _TILES = 8
 """Float32 copies of a tile, at most, while AWQ tries scales and clips on it."""
 _PROVED = 40
@@ -78,7 +78,7 @@ class Calibrating:
     @property
     def at_once(self) -> int:
         """Tokens of a batch."""
-        return min(self.sequences, ROWS_AT_ONCE) * self.sequence_tokens
+        return min(self.sequences, rows_at_once(self.sequence_tokens)) * self.sequence_tokens
 
     @property
     def item(self) -> int:
@@ -129,16 +129,16 @@ def calibrate_memory(given: Calibrating) -> Memory:
     """Each kind of part while its inputs are looked at, while it is changed, and run once more where that changes what later ones see;
     then the proof."""
     phases: dict[str, Terms] = {}
-    method, parts = METHODS[given.step], _parts(given)
+    parts = _parts(given)
     lasting = _lasting(given, max(_pass(given, part, given.stored) for part in parts.values()))
     for name, part in parts.items():
-        statistics = {"statistics of inputs": _statistics(given, part)}
-        looking = {"a batch on its way": _pass(given, part, given.stored), MAPPED: given.item * part.weights}
-        phases[f"looking at {name}"] = {**lasting, **statistics, **looking}
-        phases[f"changing {name}"] = {**lasting, **statistics, **_CHANGING[given.step](given, part)}
-        if method.changes_outputs:
-            again = {"codes of the part": _codes(given, part), "a batch on its way": _pass(given, part, given.coded)}
-            phases[f"running {name} once more"] = {**lasting, **again}
+        held = {**lasting, "statistics of inputs": _statistics(given, part)}
+        weights = {"the part's weights": given.item * part.weights}
+        phases[f"looking at {name}"] = {**held, **weights, "a batch on its way": _pass(given, part, given.stored)}
+        phases[f"changing {name}"] = {**held, **_CHANGING[given.step](given, part)}
+        if METHODS[given.step].changes_outputs:
+            codes = {"codes of the part": sum(item.count * given.coded.one(item) for item in part.linears)}
+            phases[f"running {name} once more"] = {**lasting, **codes, "a batch on its way": _pass(given, part, given.coded)}
     return Memory(phases | _proof(given, parts))
 
 
@@ -148,7 +148,7 @@ def _lasting(given: Calibrating, largest_pass: int) -> Terms:
     a_token = _A_TOKEN + 4 * config.rotary_dim + given.sequence_tokens * len(set(config.reach))  # the last: masks of short documents
     return {
         f"text of {given.tokens} tokens": given.tokens * a_token,
-        "hidden states, before and after": 2 * given.tokens * config.hidden_size * given.item,
+        "hidden states": given.tokens * config.hidden_size * given.item,
         "chances on the golden text": _golden(given),
         "holes in the heap": int(HOLES * largest_pass),
     }
@@ -159,11 +159,11 @@ def _golden(given: Calibrating) -> int:
 
 
 def _statistics(given: Calibrating, part: _Part) -> int:
-    """Of all inputs of the part: magnitudes, and Hessians or samples. A sample lies in what it was drawn from, twice as large."""
+    """Of all inputs of the part: magnitudes, and Hessians or samples. A sample is a view of what it was drawn from last."""
     wanted, total = METHODS[given.step].wanted, 0
     for item in part.readings:
-        sample = min(2 * SAMPLE, _met(given.tokens, item)) if wanted.sample else 0
-        total += item.count * item.inputs * (12 + 4 * sample + 4 * item.inputs * wanted.gram)
+        drawn = min(SAMPLE + min(SAMPLE, _met(given.at_once, item)), _met(given.tokens, item)) if wanted.sample else 0
+        total += item.count * item.inputs * (12 + 4 * drawn + 4 * item.inputs * wanted.gram)
     return total
 
 
@@ -173,47 +173,69 @@ def _met(tokens: int, item: Product) -> int:
 
 
 def _pass(given: Calibrating, part: _Part, stored: Stored) -> int:
-    """A batch on its way through the part, or one of its inputs while it is looked at: widened, and its magnitudes."""
-    hidden = given.at_once * given.model.hidden_size * given.item
-    looked_at = max(_met(given.at_once, item) * item.inputs * (given.item + 8) for item in part.readings)
+    """A batch on its way through the part, or one of its inputs while it is looked at; and what came of the batch before."""
+    result = given.at_once * given.model.hidden_size * given.item
+    looked_at = max(_looked_at(given, item) for item in part.readings)
     if part.layer is None:
-        return hidden + looked_at
-    joined = 4 * hidden if part.layer >= given.model.num_hidden_layers else 0  # two norms, side by side, and their product
-    return joined + max(PackedPass(given.model, stored, given.at_once, given.sequence_tokens).layer(part.layer), 2 * hidden + looked_at)
+        return 2 * result + looked_at
+    joined = 4 * result if part.layer >= given.model.num_hidden_layers else 0  # two norms, side by side, and their product
+    going = PackedPass(given.model, stored, given.at_once, given.sequence_tokens).layer(part.layer)
+    return result + joined + max(going, 2 * result + looked_at)
 
 
-def _codes(given: Calibrating, part: _Part) -> int:
-    return sum(item.count * given.coded.one(item) for item in part.linears) if given.formats else 0
+def _looked_at(given: Calibrating, item: Product) -> int:
+    """An input and its magnitudes in float32; and it widened for the Hessian, or new tokens and a sample that is drawn anew."""
+    tokens, wanted, narrow = _met(given.at_once, item), METHODS[given.step].wanted, given.stored.dtype != "float32"
+    new = min(tokens, SAMPLE)
+    drawn = min(max(SAMPLE + 2 * new, 2 * tokens), 2 * _met(given.tokens, item)) if wanted.sample else 0
+    return item.inputs * (tokens * (given.item + 4 + 4 * (narrow and wanted.gram)) + 4 * drawn)
+
+
+def _in_turn(given: Calibrating, part: _Part, work: Callable[[Product], int]) -> Terms:
+    """The dearest moment while one layer after another gives its weight for codes; `work`: bytes that one takes meanwhile."""
+    moments, done, left = [], 0, given.item * part.weights
+    for item in part.linears:
+        moments.append({"the part's weights": left, "codes of the part": done, "a layer while it is rounded": work(item)})
+        left, done = left - given.item * item.count * item.size, done + item.count * given.coded.one(item)
+    return max(moments, key=lambda terms: sum(terms.values()))
 
 
 def _by_gptq(given: Calibrating, part: _Part) -> Terms:
     """A factor and the float64 matrices that it comes from, or a weight that is rounded by it."""
     wide = 0 if given.stored.dtype == "float32" else 4
-    factor = max(8 * gptq.COPIES * item.inputs**2 + wide * item.size for item in part.linears)
-    rounding = max(4 * item.inputs**2 + (wide + _ROUNDED) * item.size + 4 * gptq.BLOCK * item.outputs for item in part.linears)
-    terms = {"codes of the part": _codes(given, part), "a layer while it is rounded": max(factor, rounding)}
-    return {MAPPED: given.item * part.weights, **terms}
+
+    def work(item: Product) -> int:
+        rounding = 4 * item.inputs**2 + _ROUNDED * item.size + 4 * gptq.BLOCK * item.outputs
+        return wide * item.size + max(8 * gptq.COPIES * item.inputs**2, rounding)
+
+    return _in_turn(given, part, work)
 
 
 def _by_awq(given: Calibrating, part: _Part) -> Terms:
-    """Readers of a junction while scales are tried, each with its sample; a weight while it is scaled; or clipped, with products of inputs."""
-    samples = {item: 4 * item.inputs * min(SAMPLE, _met(given.tokens, item)) for item in part.linears}
-    trying = max(item.count * sample for item, sample in samples.items())
-    clipping = 0
-    if given.clips and any(name.startswith("int4") for name in given.formats):
-        widest = max(integer_of(name)[1] or given.model.hidden_size for name in given.formats)
-        clipping = max(4 * sample + 4 * item.inputs * widest + 2 * item.size for item, sample in samples.items())
-    changing = max(trying, clipping) + _TILES * 4 * (1 << 18)
-    terms = {"codes of the part": _codes(given, part), "a layer while it is rounded": max(changing, _scaling(part))}
-    return {"the part's weights": given.item * part.weights, **terms}
+    """Readers of a junction while scales are tried, each with its sample, or a weight while it is scaled; then weights as they are rounded,
+    some by products of their inputs."""
+    tile, clipped = _TILES * 4 * awq.TILE, [integer_of(name)[1] or 0 for name in given.formats if given.clips and name.startswith("int4")]
+
+    def sample(item: Product) -> int:
+        return 4 * item.inputs * min(SAMPLE, _met(given.tokens, item))
+
+    def work(item: Product) -> int:
+        products = 4 * item.inputs * max((group or item.inputs for group in clipped), default=0)
+        return max(_ENCODED * item.size, bool(clipped) * (3 * sample(item) + products + 2 * item.size + tile))
+
+    trying = max(tile + max(item.count * sample(item) for item in part.linears), _scaling(given, part))
+    before = {"the part's weights": given.item * part.weights, "readers and samples, or a layer while it is scaled": trying}
+    return max(before, _in_turn(given, part, work), key=lambda terms: sum(terms.values()))
 
 
 def _by_smooth(given: Calibrating, part: _Part) -> Terms:
-    return {"the part's weights": given.item * part.weights, "a layer while it is scaled": _scaling(part)}
+    return {"the part's weights": given.item * part.weights, "a layer while it is scaled": _scaling(given, part)}
 
 
-def _scaling(part: _Part) -> int:
-    return _SCALED * max(item.size for item in part.linears)
+def _scaling(given: Calibrating, part: _Part) -> int:
+    if part.layer is None and given.model.num_nextn_predict_layers:
+        return 0  # prediction layers read the final norm as well, so it is no junction
+    return _SCALED[given.stored.dtype] * max(item.size for item in part.linears)
 
 
 _CHANGING: Mapping[str, Callable[[Calibrating, _Part], Terms]] = {"gptq": _by_gptq, "awq": _by_awq, "smooth": _by_smooth}
@@ -222,7 +244,7 @@ _CHANGING: Mapping[str, Callable[[Calibrating, _Part], Terms]] = {"gptq": _by_gp
 def _proof(given: Calibrating, parts: Mapping[str, _Part]) -> dict[str, Terms]:
     """A layer of the source, scaled as it was meant to be, beside rows of what was written; then the written model's answer."""
     linears = [item for part in parts.values() for item in part.linears]
-    scaled = 0 if given.step == "gptq" else _SCALED * max(item.size for item in linears)
+    scaled = 0 if given.step == "gptq" else _SCALED[given.stored.dtype] * max(item.size for item in linears)
     rows = _PROVED * proof.ROWS_AT_ONCE * max(item.inputs for item in linears) if given.formats else 0
     unpacked = max(given.coded.unpacked(item, given.stored.dtype) for item in linears) if given.formats else 0
     return {

@@ -92,7 +92,6 @@ class Awq:
 
     def treat(self, part: Part, seen: Mapping[str, Inputs]) -> dict[str, Tensor]:
         """See Method. A layer that no token came to has no say in scales."""
-        part.own()
         linears, scales = _chosen(part, self.config), {}
         read_by: dict[str, Tensor] = {}
         for junction in part.junctions():
@@ -119,7 +118,7 @@ class Awq:
         return awq.Reader(port, linear.weight.detach(), fmt, inputs.sample_SI, inputs.tokens)
 
     def _codes(self, linear: Linear, fmt: Integer, inputs: Inputs | None, s_I: Tensor | None) -> dict[str, Tensor]:
-        weight_OI = linear.dense_weight(torch.float32)
+        weight_OI = linear.weight.detach()
         # Eight bits have steps to spare; and fewer tokens than a group has inputs say nothing of some of its weights.
         if inputs is None or not self.config.clip or fmt.bits == 8 or len(inputs.sample_SI) < (fmt.group or linear.in_features):
             return fmt.encode(weight_OI)
@@ -145,7 +144,6 @@ class Smooth:
 
     def treat(self, part: Part, seen: Mapping[str, Inputs]) -> dict[str, Tensor]:
         """See Method. Channels that no token came through stay what they are."""
-        part.own()
         junctions = part.junctions()
         maxima = {junction.name: largest_of(junction, seen) for junction in junctions}
         return smooth(part.model, maxima, self.config.alpha, self.config.norms_only, junctions)
