@@ -24,6 +24,7 @@ from lineshaft.ops.formats import Integer
 GQA = {"kind": "gqa", "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
 MLA = {"kind": "mla", "num_attention_heads": 8, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 48}
 MOE = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "first_k_dense_replace": 0}
+ONE = MOE | {"num_experts_per_tok": 1}
 SIZES = {"hidden_size": 256, "num_hidden_layers": 1, "intermediate_size": 768, "max_position_embeddings": 1024, "vocab_size": 256}
 INDEXER = {"num_heads": 4, "head_dim": 32, "top_k": 64}
 """Wide enough that what attention needs for itself, about 100 KiB, is little beside it."""
@@ -33,9 +34,9 @@ WIDE: dict[str, dict[str, Any]] = {
     "every head its own keys": {"family": "llama", "attention": GQA | {"num_key_value_heads": 8}, "intermediate_size": 64},
     "mixtral": {"family": "mixtral", "attention": GQA, "moe": MOE | {"scoring_func": "softmax", "n_shared_experts": 0}},
     "deepseek": {"family": "deepseek_v3", "attention": MLA | {"q_lora_rank": 96}, "moe": MOE},
-    "deepseek, narrow experts": {"family": "deepseek_v3", "attention": MLA, "moe": MOE | {"num_experts_per_tok": 1, "moe_intermediate_size": 32}},
-    "narrow values": {"family": "deepseek_v3", "attention": MLA | {"v_head_dim": 32}, "moe": MOE | {"num_experts_per_tok": 1}},
-    "indexer": {"family": "deepseek_v32", "attention": MLA | {"q_lora_rank": 96, "indexer": INDEXER}, "moe": MOE | {"num_experts_per_tok": 1}},
+    "deepseek, narrow experts": {"family": "deepseek_v3", "attention": MLA, "moe": ONE | {"moe_intermediate_size": 32}},
+    "narrow values": {"family": "deepseek_v3", "attention": MLA | {"v_head_dim": 32}, "moe": ONE},
+    "indexer": {"family": "deepseek_v32", "attention": MLA | {"q_lora_rank": 96, "indexer": INDEXER}, "moe": ONE},
 }  # fmt: skip
 ROW, ROWS = 256, 4
 
@@ -47,7 +48,9 @@ def _as_where_bfloat16_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_as_where_bfloat16_is_widened")
 @pytest.mark.parametrize("documents", [1, 8], ids=["whole rows", "short documents"])
-@pytest.mark.parametrize("stored", [Stored(), Stored("bfloat16"), Stored("float32", "int8"), Stored("bfloat16", "int4-32")], ids=Stored.describe)
+@pytest.mark.parametrize(
+    "stored", [Stored(), Stored("bfloat16"), Stored("float32", "int8"), Stored("bfloat16", "int4-32")], ids=Stored.describe
+)
 @pytest.mark.parametrize("name", WIDE)
 def test_a_pass_holds_what_is_counted(name: str, stored: Stored, documents: int) -> None:
     config = ModelConfig.model_validate({**SIZES, **WIDE[name]})

@@ -47,7 +47,8 @@ def check(
     sequence_tokens: Annotated[int | None, typer.Option(min=1, help="Training: tokens in a row.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory to fit into, such as 16GiB; default: what this machine has free.")] = None,
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="A value of engine, train or compress, as these take it; compress.step names the step.")
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=VALUE", help="A value of engine, train or compress, as these take it; compress.step: the step."),
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,

@@ -19,7 +19,7 @@ _COPIES = 12
 
 
 def budget_memory(model: ModelConfig, stored: Stored, config: BudgetConfig) -> Memory:
-    """The measure's phase, then those of rounding. The source is counted whole, as there: each measure goes over all of it again and again."""
+    """The measure's phase, then those of rounding. The source is counted whole, as there: a measure goes over it again and again."""
     planning = _by_running if config.measure == "kl" else _by_gradients
     terms = {"weights as stored": stored.total(model), **planning(model, stored, config)}
     return Memory({"measuring": terms, **compress_memory(Compressing(model, stored, tuple(config.formats))).phases})

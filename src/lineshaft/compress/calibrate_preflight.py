@@ -24,7 +24,7 @@ from lineshaft.model.packed_memory import PackedPass, readings
 from lineshaft.ops.formats import DENSE
 
 Config = GptqConfig | AwqConfig | SmoothConfig
-METHODS = {"gptq": Gptq, "awq": Awq, "smooth": Smooth}
+METHODS: Mapping[str, type[Gptq | Awq | Smooth]] = {"gptq": Gptq, "awq": Awq, "smooth": Smooth}
 HOLES = 0.3
 """Share of a batch's pass that lies unused in the heap, as passes and statistics of parts differ in size (docs/preflight.md)."""
 LEAST_SEQUENCES = 16
@@ -32,7 +32,7 @@ LEAST_TOKENS = 64
 """No fewer and no shorter rows are proposed."""
 _A_TOKEN = 40
 """Bytes of a token of the text: its id, the next one's, position, document and place in it."""
-_SCALED = {"float32": 11, "bfloat16": 10, "float16": 10}
+_SCALED = {"float32": 11, "bfloat16": 8, "float16": 8}
 """Bytes a weight, beside itself, while it is scaled and found finite (model.junction.scale)."""
 _ROUNDED = 6
 """Bytes a weight while GPTQ rounds it: a float32 copy, and its codes as they are found and in their own order."""
@@ -159,11 +159,11 @@ def _golden(given: Calibrating) -> int:
 
 
 def _statistics(given: Calibrating, part: _Part) -> int:
-    """Of all inputs of the part: magnitudes, and Hessians or samples. A sample is a view of what it was drawn from last."""
+    """Of all inputs of the part: magnitudes, and Hessians or samples."""
     wanted, total = METHODS[given.step].wanted, 0
     for item in part.readings:
-        drawn = min(SAMPLE + min(SAMPLE, _met(given.at_once, item)), _met(given.tokens, item)) if wanted.sample else 0
-        total += item.count * item.inputs * (12 + 4 * drawn + 4 * item.inputs * wanted.gram)
+        sample = min(SAMPLE, _met(given.tokens, item)) * wanted.sample
+        total += item.count * item.inputs * (12 + 4 * sample + 4 * item.inputs * wanted.gram)
     return total
 
 
@@ -186,8 +186,9 @@ def _pass(given: Calibrating, part: _Part, stored: Stored) -> int:
 def _looked_at(given: Calibrating, item: Product) -> int:
     """An input and its magnitudes in float32; and it widened for the Hessian, or new tokens and a sample that is drawn anew."""
     tokens, wanted, narrow = _met(given.at_once, item), METHODS[given.step].wanted, given.stored.dtype != "float32"
-    new = min(tokens, SAMPLE)
-    drawn = min(max(SAMPLE + 2 * new, 2 * tokens), 2 * _met(given.tokens, item)) if wanted.sample else 0
+    old_and_new = min(max(SAMPLE + min(tokens, SAMPLE), tokens), _met(given.tokens, item)) * wanted.sample
+    # What is in the sample already is among the statistics; both lie there twice, and half of it once more.
+    drawn = max(5 * old_and_new // 2 - SAMPLE, 0)
     return item.inputs * (tokens * (given.item + 4 + 4 * (narrow and wanted.gram)) + 4 * drawn)
 
 
@@ -214,16 +215,19 @@ def _by_gptq(given: Calibrating, part: _Part) -> Terms:
 def _by_awq(given: Calibrating, part: _Part) -> Terms:
     """Readers of a junction while scales are tried, each with its sample, or a weight while it is scaled; then weights as they are rounded,
     some by products of their inputs."""
-    tile, clipped = _TILES * 4 * awq.TILE, [integer_of(name)[1] or 0 for name in given.formats if given.clips and name.startswith("int4")]
+    clipped = [integer_of(name)[1] or 0 for name in given.formats if given.clips and name.startswith("int4")]
 
     def sample(item: Product) -> int:
         return 4 * item.inputs * min(SAMPLE, _met(given.tokens, item))
 
+    def tiles(item: Product) -> int:
+        return _TILES * 4 * min(awq.TILE, item.size)
+
     def work(item: Product) -> int:
         products = 4 * item.inputs * max((group or item.inputs for group in clipped), default=0)
-        return max(_ENCODED * item.size, bool(clipped) * (3 * sample(item) + products + 2 * item.size + tile))
+        return max(_ENCODED * item.size, bool(clipped) * (3 * sample(item) + products + 2 * item.size + tiles(item)))
 
-    trying = max(tile + max(item.count * sample(item) for item in part.linears), _scaling(given, part))
+    trying = max(*(tiles(item) + item.count * sample(item) for item in part.linears), _scaling(given, part))
     before = {"the part's weights": given.item * part.weights, "readers and samples, or a layer while it is scaled": trying}
     return max(before, _in_turn(given, part, work), key=lambda terms: sum(terms.values()))
 
@@ -235,7 +239,8 @@ def _by_smooth(given: Calibrating, part: _Part) -> Terms:
 def _scaling(given: Calibrating, part: _Part) -> int:
     if part.layer is None and given.model.num_nextn_predict_layers:
         return 0  # prediction layers read the final norm as well, so it is no junction
-    return _SCALED[given.stored.dtype] * max(item.size for item in part.linears)
+    before = 0 if given.item == 4 or part.layer is None else given.item  # what became of the layer before is still held
+    return (_SCALED[given.stored.dtype] + before) * max(item.size for item in part.linears)
 
 
 _CHANGING: Mapping[str, Callable[[Calibrating, _Part], Terms]] = {"gptq": _by_gptq, "awq": _by_awq, "smooth": _by_smooth}

@@ -1,7 +1,7 @@
 """What a pass through one layer holds where documents lie packed and nothing is cached or kept for a way back. Free of torch.
 
-As model.attend.PackedCausal attends: calibration and scoring. Serving's pass is `memory.one_pass`, training's `memory.Kept`. In bfloat16 the
-widened operands of ops/cpu.py are counted, also where the processor needs none.
+As model.attend.PackedCausal attends: calibration and scoring. Serving's pass is `memory.one_pass`, training's `memory.Kept`. In
+bfloat16 the widened operands of ops/cpu.py are counted, also where the processor needs none.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Inputs:
             self._sample.append(x_TI[-self.tokens % self._stride :: self._stride].to(torch.float32, copy=True))
         self.tokens += len(x_TI)
         while self._sample is not None and sum(map(len, self._sample)) > SAMPLE:
-            self._sample = [torch.cat(self._sample)[::2]]
+            self._sample = [torch.cat(self._sample)[::2].clone()]  # a view would keep all of it in memory
             self._stride *= 2
 
 
