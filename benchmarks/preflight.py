@@ -1,9 +1,10 @@
-"""Predicted peak memory beside measured, for sixteen configurations: four trained, four served, four compressed, four distilled.
+"""Predicted peak memory beside measured: models trained, served, rounded, distilled, calibrated, and given formats for a budget.
 
     python benchmarks/preflight.py [TASK ...]
 
 Each runs in a process of its own, which predicts before it begins, then does the task with random weights, and reports the
-highest resident memory that the system saw (VmHWM). Needs Linux and 2 GiB of memory; takes some minutes.
+highest resident memory that the system saw (VmHWM). Calibration counts what no file holds, so there it is the highest RssAnon, looked at
+every 5 ms from outside, that is laid on what the process had at first. Needs Linux and 2 GiB of memory; takes some minutes.
 """
 
 from __future__ import annotations
@@ -13,27 +14,37 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lineshaft.base.config import load
 from lineshaft.base.machine import machine, peak_memory_bytes
+from lineshaft.compress.budget_preflight import judge_budget
+from lineshaft.compress.calibrate.rows import Surroundings, rows_at_once
+from lineshaft.compress.calibrate.walk import walk
+from lineshaft.compress.calibrate_preflight import METHODS, Calibrating, judge_calibrating
 from lineshaft.compress.config import CompressConfig
 from lineshaft.compress.distil import Distil, Mixture, pairs_of
 from lineshaft.compress.distil_preflight import Distilling, judge_distilling
+from lineshaft.compress.plan import BudgetConfig, plan
 from lineshaft.compress.preflight import Compressing, judge_compressing
-from lineshaft.compress.proof import prove, remember
+from lineshaft.compress.proof import Tolerance, prove, remember
 from lineshaft.compress.stage import compress
+from lineshaft.compress.steps import STEPS as COMPRESSING
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
 from lineshaft.engine.preflight import Serving, judge_serving
+from lineshaft.model.attend import PackedCausal
 from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.fit import Verdict
 from lineshaft.model.folder import load_config
 from lineshaft.model.memory import stored_in
+from lineshaft.model.rope import rotation
 from lineshaft.sched.request import Ask, Sampling
 from lineshaft.train import loop
 from lineshaft.train.batches import Batch
@@ -49,6 +60,8 @@ WIDE = LLAMA | {"hidden_size": 768, "intermediate_size": 3072, "vocab_size": 163
 QWEN3 = WIDE | {"family": "qwen3", "attention": GQA | {"qk_norm": True}, "tie_word_embeddings": True}
 DEEPSEEK = SIZES | {"family": "deepseek_v3", "attention": MLA | {"q_lora_rank": 192}, "moe": MOE}
 MIXTRAL = SIZES | {"family": "mixtral", "attention": GQA, "moe": MOE | {"scoring_func": "softmax", "n_shared_experts": 0}}
+AHEAD = DEEPSEEK | {"num_nextn_predict_layers": 1}
+INT4 = {"format": "int4", "group": 64}
 
 CASES: list[dict[str, Any]] = [
     {"task": "train", "model": LLAMA, "rows": 8, "sequence_tokens": 256},
@@ -67,6 +80,17 @@ CASES: list[dict[str, Any]] = [
     {"task": "distil", "model": DEEPSEEK, "student": 4, "rows": 4, "sequence_tokens": 256, "mixture": {"hidden_weight": 1.0}},
     {"task": "distil", "model": WIDE, "student": 2, "rows": 4, "sequence_tokens": 256, "format": {"group": 32}},
     {"task": "distil", "model": QWEN3, "dtype": "bfloat16", "student": 2, "rows": 2, "sequence_tokens": 512, "accumulate": 2},
+    {"task": "calibrate", "step": "gptq", "model": WIDE, "config": INT4, "sequences": 32, "sequence_tokens": 512},
+    {"task": "calibrate", "step": "gptq", "model": MIXTRAL, "dtype": "bfloat16", "config": INT4, "sequences": 64, "sequence_tokens": 512},
+    {"task": "calibrate", "step": "gptq", "model": AHEAD, "config": INT4, "sequences": 32, "sequence_tokens": 256},
+    {"task": "calibrate", "step": "awq", "model": WIDE, "dtype": "bfloat16", "config": INT4, "sequences": 64, "sequence_tokens": 512},
+    {"task": "calibrate", "step": "awq", "model": MIXTRAL, "config": INT4, "sequences": 16, "sequence_tokens": 256, "length": 32},
+    {"task": "calibrate", "step": "awq", "model": AHEAD, "config": INT4, "sequences": 32, "sequence_tokens": 512},
+    {"task": "calibrate", "step": "smooth", "model": WIDE, "sequences": 32, "sequence_tokens": 1024},
+    {"task": "calibrate", "step": "smooth", "model": AHEAD, "dtype": "bfloat16", "sequences": 64, "sequence_tokens": 512, "length": 64},
+    {"task": "budget", "model": WIDE, "config": {"bits": 6, "rows": 2}},
+    {"task": "budget", "model": WIDE, "config": {"bits": 6, "rows": 2, "measure": "fisher"}},
+    {"task": "budget", "model": DEEPSEEK, "config": {"bits": 6, "rows": 1, "formats": ["int8", "int4-32"], "measure": "gradient"}},
 ]
 
 
@@ -77,24 +101,35 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             if case["task"] != "train":
                 child("write", case, folder)
-            own, predicted, measured = child("run", case, folder)
+            (own, predicted, measured), anonymous = child("run", case, folder)
+            measured += anonymous * (case["task"] == "calibrate")
         ratio, beyond = predicted / measured, (predicted - own) / (measured - own)
         told = {name: value for name, value in case.items() if name not in ("task", "model")}
         shown = f"predicted {predicted >> 20:5} MiB  measured {measured >> 20:5} MiB  ratio {ratio:.3f}  without the process {beyond:.3f}"
         print(f"{case['task']:8} {case['model']['family']:11} {shown}  {json.dumps(told)}", flush=True)
 
 
-def child(what: str, case: dict[str, Any], folder: str) -> list[int]:
-    """Run one step in a fresh process; what it printed."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", what, folder],
-        input=json.dumps(case),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
-    )
-    return list(json.loads(done.stdout))
+def child(what: str, case: dict[str, Any], folder: str) -> tuple[list[int], int]:
+    """Run one step in a fresh process; what it printed, and the most anonymous memory that it had."""
+    env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    command, pipe, peak = [sys.executable, __file__, "--child", what, folder], subprocess.PIPE, 0
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) as running:
+        assert running.stdin is not None and running.stdout is not None
+        running.stdin.write(json.dumps(case))
+        running.stdin.close()
+        while running.poll() is None:
+            peak = max(peak, anonymous_memory(running.pid))
+            time.sleep(0.005)
+        printed = running.stdout.read()
+    if running.returncode:
+        sys.exit(f"{case['task']}: the process ended with {running.returncode}")
+    return list(json.loads(printed)), peak
+
+
+def anonymous_memory(process: int) -> int:
+    """What it holds that no file does; 0 when it has ended."""
+    found = [line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("RssAnon")]
+    return int(found[0].split()[1]) * 1024 if found else 0
 
 
 def write(case: dict[str, Any], folder: Path) -> None:
@@ -109,8 +144,9 @@ def write(case: dict[str, Any], folder: Path) -> None:
 
 def run(case: dict[str, Any], folder: Path) -> list[int]:
     """[own memory before, predicted, measured] of one case."""
+    before = anonymous_memory(os.getpid())
     verdict = TASKS[case["task"]](case, folder)
-    return [verdict.own, verdict.needs, peak_memory_bytes()]
+    return [verdict.own, verdict.needs, verdict.own - before if case["task"] == "calibrate" else peak_memory_bytes()]
 
 
 class RandomBatches:
@@ -161,7 +197,7 @@ def compress_case(case: dict[str, Any], folder: Path) -> Verdict:
     config = CompressConfig(**case["format"])
     verdict = judge_compressing(Compressing(load_config(folder), stored_in(folder), config.formats))
     model = load_checkpoint(folder)
-    before = remember(model)
+    before = remember(model, folder)
     compress(model, config)
     save_checkpoint(model, folder / "made", folder)
     prove(before, model, folder / "made", config.tolerated_nats)
@@ -184,7 +220,42 @@ def distil(case: dict[str, Any], folder: Path) -> Verdict:
     return verdict
 
 
-TASKS = {"train": train, "serve": serve, "compress": compress_case, "distil": distil}
+def calibrate(case: dict[str, Any], folder: Path) -> Verdict:
+    told = case.get("config", {}) | {name: case[name] for name in ("sequences", "sequence_tokens")}
+    config, described = load(COMPRESSING[case["step"]].config, told), load_config(folder)
+    verdict = judge_calibrating(Calibrating.of(described, stored_in(folder), config))
+    model = load_checkpoint(folder)
+    before = remember(model, folder)
+    scales, _ = walk(model, random_rows(case, described), METHODS[case["step"]](config), folder / "scratch")
+    save_checkpoint(model, folder / "made", folder)
+    prove(before, model, folder / "made", Tolerance(100.0, nearest=False, scales=scales))
+    return verdict
+
+
+def random_rows(case: dict[str, Any], described: ModelConfig) -> list[Surroundings]:
+    """Batches as calibration has them, of documents of `length` tokens, half a row where the case says none."""
+    row, found = case["sequence_tokens"], list[Surroundings]()
+    for first in range(0, case["sequences"], rows_at_once(row)):
+        count, length = min(rows_at_once(row), case["sequences"] - first) * row, case.get("length", row // 2)
+        tokens = torch.randint(0, described.vocab_size, (count,), generator=torch.Generator().manual_seed(first))
+        batch = Batch(tokens, torch.arange(count) % length, tokens, torch.arange(0, count, length), row=row)
+        found.append(Surroundings(batch, rotation(described, batch.positions_T), PackedCausal(batch.starts_D, count, row)))
+    return found
+
+
+def budget(case: dict[str, Any], folder: Path) -> Verdict:
+    config = load(BudgetConfig, case["config"])
+    verdict = judge_budget(load_config(folder), stored_in(folder), config)
+    model = load_checkpoint(folder)
+    before, rows = remember(model, folder), RandomBatches(case | {"rows": 1, "sequence_tokens": config.row_tokens})
+    found = plan(model, [rows[number] for number in range(config.rows)], config)
+    compress(model, CompressConfig(policy=found.policy))
+    save_checkpoint(model, folder / "made", folder)
+    prove(before, model, folder / "made", Tolerance(100.0))
+    return verdict
+
+
+TASKS = {"train": train, "serve": serve, "compress": compress_case, "distil": distil, "calibrate": calibrate, "budget": budget}
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["--child"]:
