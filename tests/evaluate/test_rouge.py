@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
+from written import scorer
 
 from lineshaft.evaluate.rouge import KINDS, longest_common, rouge
 from lineshaft.evaluate.texts import words_of
@@ -21,21 +22,21 @@ class Cut:
         return words_of(text, "chinese")
 
 
-def theirs(scorer: RougeScorer, reference: str, text: str) -> list[float]:
-    found = scorer.score(reference, text)
+def theirs(oracle: RougeScorer, reference: str, text: str) -> list[float]:
+    found = oracle.score(reference, text)
     return [found[kind].fmeasure for kind in KINDS]
 
 
 @given(Few, Few)
 def test_scores_of_words_are_those_of_rouge_score(reference: list[str], text: list[str]) -> None:
-    wanted = theirs(RougeScorer(list(KINDS)), " ".join(reference), " ".join(text))
+    wanted = theirs(scorer(), " ".join(reference), " ".join(text))
     assert rouge(reference, text) == pytest.approx(wanted, abs=1e-12)
 
 
 @given(Text, Text)
 @example("The cat's hat, 3.5 m", "the CAT s hat 3 5 M")
 def test_scores_of_any_text_are_those_of_rouge_score(reference: str, text: str) -> None:
-    wanted = theirs(RougeScorer(list(KINDS)), reference, text)
+    wanted = theirs(scorer(), reference, text)
     assert rouge(words_of(reference, "latin"), words_of(text, "latin")) == pytest.approx(wanted, abs=1e-12)
 
 

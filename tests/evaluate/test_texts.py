@@ -11,10 +11,9 @@ import pytest
 import sacrebleu
 from hypothesis import given
 from hypothesis import strategies as st
-from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.scoring import BootstrapAggregator
 from sacrebleu.metrics import BLEU
-from written import CHINESE, ENGLISH, generation, line, models
+from written import CHINESE, ENGLISH, generation, line, models, scorer
 
 from lineshaft.evaluate.rouge import KINDS
 from lineshaft.evaluate.statistics import percentiles, resampled
@@ -41,9 +40,9 @@ def test_scores_are_those_of_the_libraries(words: list[str], between: str, cut: 
     for name in NAMES:
         assert found.drop[name].estimate == pytest.approx(found.old[name] - found.new[name])
     if cut == "13a":
-        scorer = RougeScorer(list(KINDS))
+        theirs = scorer()
         for kind in KINDS:
-            wanted = np.mean([scorer.score(item.truth, item.text)[kind].fmeasure for item in new])
+            wanted = np.mean([theirs.score(item.truth, item.text)[kind].fmeasure for item in new])
             assert found.new[kind] == pytest.approx(100 * wanted, abs=1e-9)
 
 
@@ -66,11 +65,11 @@ def test_intervals_are_about_those_of_the_libraries_own_bootstraps() -> None:
     bleu = BLEU().corpus_score(texts(new), [texts(old)], n_bootstrap=2000)
     ours = found.between["bleu"]
     assert (ours.low, ours.high) == pytest.approx((bleu._mean - bleu._ci, bleu._mean + bleu._ci), abs=0.1 * 2 * bleu._ci)
-    scorer, aggregate = RougeScorer(list(KINDS)), BootstrapAggregator(n_samples=2000)
+    theirs, aggregate = scorer(), BootstrapAggregator(n_samples=2000)
     for before, after in zip(old, new, strict=True):
-        aggregate.add_scores(scorer.score(before.text, after.text))
-    for kind, theirs in aggregate.aggregate().items():
-        low, high = 100 * theirs.low.fmeasure, 100 * theirs.high.fmeasure
+        aggregate.add_scores(theirs.score(before.text, after.text))
+    for kind, wanted in aggregate.aggregate().items():
+        low, high = 100 * wanted.low.fmeasure, 100 * wanted.high.fmeasure
         assert (found.between[kind].low, found.between[kind].high) == pytest.approx((low, high), abs=0.1 * (high - low))
 
 

@@ -1,13 +1,22 @@
-"""Texts that models might have written: sentences of few words, so that runs of them come again."""
+"""Texts that models might have written: sentences of few words, so that runs of them come again; and their oracle."""
 
 from __future__ import annotations
 
 import random
 
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
+
+from lineshaft.evaluate.rouge import KINDS
 from lineshaft.records.generations import Generation
 
 ENGLISH = ["the", "a", "cat", "dog", "sat", "on", "mat,", "and.", "It", "is", "don't", "(here)", "3.5"]
 CHINESE = [*"猫坐在垫子上，狗不在这里。", "GPT", "3.5", "模型", "压缩"]
+
+
+def scorer() -> RougeScorer:
+    """rouge-score as it is by default. Left to itself it logs that, and so gives the root logger a handler on what pytest closes later."""
+    return RougeScorer(list(KINDS), tokenizer=DefaultTokenizer(use_stemmer=False))
 
 
 def line(luck: random.Random, words: list[str] = ENGLISH, between: str = " ") -> str:
