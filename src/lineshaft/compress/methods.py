@@ -149,21 +149,23 @@ class Static:
 
     def treat(self, part: Part, seen: Mapping[str, Inputs]) -> dict[str, Tensor]:
         """See Method. Raises ConfigError for a layer that needs a range and that no token came to."""
+        clips: dict[int, float] = {}  # gate and up share one, and so do query, key and value: entropy takes seconds to find it
         for name, linear in _chosen(part, self.config).items():
             fmt = self.format_of(name)
             assert isinstance(fmt, Integer)
             with _told(name):
-                linear.hold(fmt, self._tensors(linear, fmt, seen.get(name)))
+                linear.hold(fmt, self._tensors(linear, fmt, seen.get(name), clips))
         return {}
 
-    def _tensors(self, linear: Linear, fmt: Integer, inputs: Inputs | None) -> dict[str, Tensor]:
+    def _tensors(self, linear: Linear, fmt: Integer, inputs: Inputs | None, clips: dict[int, float]) -> dict[str, Tensor]:
         weight_OI = linear.dense_weight(torch.float32)
         if fmt.activations != "int8-static":
             return fmt.encode(weight_OI)
         if inputs is None or inputs.histogram is None:
             raise ConfigError("no calibration token came to it, so its activations have no range: give it more text")
-        histogram = inputs.histogram
-        return fmt.encode_static(weight_OI, METHODS[self.config.range](histogram, 8) if histogram.largest else 0.0)
+        if id(inputs) not in clips:
+            clips[id(inputs)] = METHODS[self.config.range](inputs.histogram, 8) if inputs.histogram.largest else 0.0
+        return fmt.encode_static(weight_OI, clips[id(inputs)])
 
 
 @dataclass(frozen=True)

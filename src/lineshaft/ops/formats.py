@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineshaft.base.errors import BadCheckpoint, ConfigError
-from lineshaft.ops import reference, table
+from lineshaft.ops import table
+from lineshaft.ops.fp8 import spread_blocks, unpack_fp8
 from lineshaft.ops.integers import Integers, integers, pack
 
 Tensors = Mapping[str, Tensor]
@@ -260,7 +261,7 @@ class Fp8Block:
         if self.power_of_two:
             mantissa, exponent = torch.frexp(scale_BC)
             scale_BC = torch.ldexp(torch.ones_like(scale_BC), exponent - (mantissa == 0.5).int())
-        codes = weight / reference.spread_blocks(scale_BC, weight.shape, self.block)
+        codes = weight / spread_blocks(scale_BC, weight.shape, self.block)
         return {"weight": codes.to(torch.float8_e4m3fn), "weight_scale_inv": scale_BC}
 
     def _largest(self, weight_OI: Tensor) -> Tensor:
@@ -279,7 +280,7 @@ class Fp8Block:
 
     def decode(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """See Format."""
-        return reference.unpack_fp8(tensors["weight"], tensors["weight_scale_inv"], self.block, dtype)
+        return unpack_fp8(tensors["weight"], tensors["weight_scale_inv"], self.block, dtype)
 
     def matmul(self, x_TI: Tensor, tensors: Tensors, bias_O: Tensor | None) -> Tensor:
         """See Format."""

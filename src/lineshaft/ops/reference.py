@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lineshaft.ops import coded_pages
 from lineshaft.ops.experts import Feeds, Rule, affinity, routed
+from lineshaft.ops.fp8 import unpack_fp8
 from lineshaft.ops.integers import integers, rounded
 from lineshaft.ops.packing import Shape, unpack
 from lineshaft.ops.reach import Reach, Span, Window
@@ -70,16 +71,6 @@ def linear_fp8(x_TI: Tensor, weight_OI: Tensor, scale_BC: Tensor, block: tuple[i
     scale_BC: [O / block[0], I / block[1]] rounded up: blocks at the edges may be smaller. Result [T, O] in the dtype of x.
     """
     return F.linear(x_TI, unpack_fp8(weight_OI, scale_BC, block, x_TI.dtype), bias_O)
-
-
-def unpack_fp8(weight_OI: Tensor, scale_BC: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weights that `linear_fp8` multiplies by: code * scale in float32, then `dtype`."""
-    return weight_OI.float().mul_(spread_blocks(scale_BC.float(), weight_OI.shape, block)).to(dtype)
-
-
-def spread_blocks(scale_BC: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
-    """One number a block as one number an element of `shape`, the blocks at the edges cut."""
-    return scale_BC.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
 
 
 def rms_norm(x_TI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
