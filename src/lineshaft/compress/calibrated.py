@@ -38,7 +38,9 @@ def _settle(config: C, parents: Mapping[str, Artifact]) -> C:
     return config
 
 
-def _round_by(draft: Draft, model: Decoder, config: Rounding, calibration: CalibrationConfig, method: Method, nearest: bool = False) -> None:
+def _round_by(
+    draft: Draft, model: Decoder, config: Rounding, calibration: CalibrationConfig, method: Method, nearest: bool = False
+) -> None:
     layers = chosen(model, config, "compress")
     before = remember(model, draft.parents["checkpoint"].root)
     scales = _walked(draft, model, calibration, method)

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineshaft.ops import reference
 from lineshaft.ops.experts import Rule, routed
 from lineshaft.ops.fp8 import unpack_fp8
 from lineshaft.ops.integers import integers
