@@ -56,7 +56,7 @@ class Gptq:
     def treat(self, part: Part, seen: Mapping[str, Inputs]) -> dict[str, Tensor]:
         """See Method. A layer that no token came to is rounded to nearest."""
         factors: dict[int, Factor] = {}  # gate and up share one, and so do query, key and value
-        for name, linear in _chosen(part, self.config).items():
+        for name, linear in sorted(_chosen(part, self.config).items(), key=lambda item: id(seen.get(item[0]))):
             fmt = self.format_of(name)
             assert isinstance(fmt, Integer)
             with _told(name):
