@@ -22,7 +22,7 @@ struct Layout {
     int64_t tiles(int64_t tokens) const { return (tokens + tile - 1) / tile; }
 };
 
-/// Are codes multiplied as pairs of bf16? They and activations in bf16 are exact in it.
+/// Are codes, FP8 among them, multiplied as pairs of bf16? They and activations in bf16 are exact in it.
 inline bool in_pairs(const Linear& l) { return Lanes::kDotBf16 && l.activation == Activation::bf16 && l.shape.scale_inputs && !l.whole; }
 
 /// 32-bit words of a token's packed activations.

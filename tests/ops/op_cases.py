@@ -180,12 +180,12 @@ class Shapes(ExpertShapes):
         return q, entries, slots, seen, (latent + rotary) ** -0.5, latent
 
     def packed_linear(self) -> Arguments:
-        kind = self.draw(st.sampled_from(["dense", "int8", "int4"]))
+        kind = self.draw(st.sampled_from(["dense", "int8", "int4", "float8"]))
         shape, packed = self.draw(native_cases.weights(kind, self.dtype))
         x = self.strided(self.draw(st.integers(0, 14)), shape.inputs)
         x[:1] *= self.draw(st.sampled_from([0, 1, 1e-30, 1e4]))
         bias = self.randn(shape.outputs, dtype=torch.float32) if self.draw(st.booleans()) else None
-        whole = kind != "dense" and self.draw(st.booleans())
+        whole = kind.startswith("int") and self.draw(st.booleans())
         return x, packed, shape, bias, whole, self.draw(st.booleans()), self.draw(INPUT_SCALES) if whole else 0.0
 
     def paged_attention(self) -> Arguments:

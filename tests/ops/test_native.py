@@ -110,6 +110,8 @@ def weight_of(kind: str) -> tuple[packing.Shape, Tensor]:
     luck = torch.Generator().manual_seed(1)
     if kind in ("float32", "bfloat16"):
         made = packing.pack_dense(torch.randn(70, 48, generator=luck).to(getattr(torch, kind)))
+    elif kind == "float8":
+        made = packing.pack_fp8(torch.randn(70, 48, generator=luck).to(torch.float8_e4m3fn), torch.rand(2, 3, generator=luck), (64, 16))
     else:
         most = 256 if kind.startswith("int8") else 16
         codes = torch.randint(1, most, (70, 48), generator=luck, dtype=torch.uint8)
@@ -124,7 +126,10 @@ def weight_of(kind: str) -> tuple[packing.Shape, Tensor]:
 @pytest.mark.parametrize("place", [0, 5, 16, 47])
 @pytest.mark.parametrize(
     ("kind", "whole"),
-    [("float32", False), ("bfloat16", False), *((kind, way) for kind in ("int8", "int4", "int4 zeros") for way in (False, True, 0.05))],
+    [
+        *((kind, False) for kind in ("float32", "bfloat16", "float8")),
+        *((kind, way) for kind in ("int8", "int4", "int4 zeros") for way in (False, True, 0.05)),
+    ],
 )
 def test_a_product_hides_nothing_that_is_no_number(isa: str, kind: str, whole: float, place: int, spoilt: float) -> None:
     """`whole`: activations in 8 bits; 0.05: by this scale."""
@@ -270,6 +275,7 @@ def product_with(x: Tensor, kind: str = "float32", whole: bool = False, bias: in
         (lambda: product_with(torch.ones(2, 48), bias=64), r"the bias is \[64\], the weight has 70 outputs"),
         (lambda: product_with(torch.ones(2, 48), size=256), "takes 24576 bytes"),
         (lambda: product_with(torch.ones(2, 48), whole=True), "activations in 8 bits need a weight of whole numbers"),
+        (lambda: product_with(torch.ones(2, 48), "float8", whole=True), "activations in 8 bits need a weight of whole numbers"),
         (lambda: product_with(torch.ones(2, 48), "int8", scale=0.1), "0.1 is no scale for activations as they are"),
         (lambda: product_with(torch.ones(2, 48), "int8", whole=True, scale=-0.1), "-0.1 is no scale for activations in 8 bits"),
         (lambda: product_with(torch.ones(2, 48), "int8", whole=True, scale=math.inf), "inf is no scale"),

@@ -21,6 +21,8 @@ THREADS = st.integers(1, 3)
 PRODUCTS = [
     ("dense", torch.float32, False),
     ("dense", torch.bfloat16, False),
+    ("float8", torch.float32, False),
+    ("float8", torch.bfloat16, False),
     *((kind, dtype, whole) for kind in ("int8", "int4") for dtype in (torch.float32, torch.bfloat16) for whole in (False, True)),
 ]
 

@@ -34,7 +34,7 @@ def linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, si
         raise ValueError(f"packed_linear: the weight is {list(packed.shape)} {packed.dtype}: {shape} takes {size} bytes in a row")
     if bias_O is not None and bias_O.shape != (shape.outputs,):
         raise ValueError(f"packed_linear: the bias is {list(bias_O.shape)}, the weight has {shape.outputs} outputs")
-    if whole and not shape.scale_inputs:
+    if whole and shape.kind not in ("int8", "int4"):
         raise ValueError(f"packed_linear: activations in 8 bits need a weight of whole numbers, not {shape}")
     if input_scale and not (whole and 0 < input_scale < math.inf):
         raise ValueError(f"packed_linear: {input_scale} is no scale for activations {'in 8 bits' if whole else 'as they are'}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lineshaft.ops import packing, table
-from lineshaft.ops.formats import Dense, Format, Integer
+from lineshaft.ops.formats import Dense, Format, Fp8Block, Integer
 from lineshaft.ops.packing import Shape
 
 
@@ -108,6 +108,9 @@ def packed_of(fmt: Format, tensors: Mapping[str, Tensor], wide: bool = False) ->
     """The packed form of a weight, `wide` as in Packed; None where the kernels can't take it."""
     if isinstance(fmt, Dense):
         made = packing.pack_dense(tensors["weight"].detach())
+        return None if made is None else (Packed(fmt, made[0], wide=wide), made[1])
+    if isinstance(fmt, Fp8Block):
+        made = packing.pack_fp8(tensors["weight"], tensors["weight_scale_inv"], fmt.block)
         return None if made is None else (Packed(fmt, made[0], wide=wide), made[1])
     if not isinstance(fmt, Integer) or (made := packing.pack_coded(fmt.integers(tensors), fmt.bits)) is None:
         return None
