@@ -72,7 +72,7 @@ def test_activations_packed_once_serve_the_products_that_would_pack_them_alike(t
     dense = [packing.pack_dense((torch.randn(WIDTH, WIDTH, generator=luck) / 8).to(dtype)) for _ in range(2)]
     codes = torch.randint(256, (WIDTH, WIDTH), generator=luck, dtype=torch.uint8)
     coded = packing.pack_coded(Integers(codes, torch.full((WIDTH, 2), 1e-3), torch.full((WIDTH, 2), 128, dtype=torch.uint8)), 8)
-    weights = [(*dense[0], False, 0.0), (*dense[1], False, 0.0), (*coded, True, 0.0), (*coded, False, 0.0), (*coded, True, 0.1)]
+    weights = [(*dense[0], False, 0.0), (*dense[1], False, 0.0), (*coded, False, 0.0), (*coded, True, 0.0), (*coded, True, 0.1)]
     buffer = torch.zeros(ROWS, WIDTH, dtype=dtype)
     with torch.inference_mode(), table.steady():
         recorded = Recorded(lambda: products(buffer, weights))
