@@ -76,6 +76,21 @@ def test_what_calibration_made_loads_as_well(shape: str, step: str, tmp_path: Pa
     assert agree(logits_of(load_checkpoint(made.root), text), loaded(made.root).logits(text))
 
 
+@pytest.mark.parametrize("range_", ["minmax", "mse"])
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+def test_with_one_scale_for_activations_logits_are_ours(shape: str, range_: str, tmp_path: Path) -> None:
+    """It rounds by the scale that is stored, as we do: to a tie here and there."""
+    made = line(tmp_path / "store", shape).compress("static", **ROWS, range=range_)
+    text = [token % letter_line.VOCABULARY for token in prompt(20)]
+    model = load_checkpoint(made.root)
+    mine = logits_of(model, text)
+    assert agree(mine, loaded(made.root).logits(text), 2e-3)
+    for linear in model.linears().values():
+        if isinstance(linear.format, Integer):
+            linear.format = replace(linear.format, activations=None)
+    assert (logits_of(model, text) - mine).norm() > 5e-3 * mine.norm()
+
+
 @pytest.mark.parametrize("group", FORMS)
 def test_with_experts_they_are_ours_but_for_the_half_precision_of_their_experts(
     group: int | None, compressed: Callable[..., tuple[Decoder, Path]]

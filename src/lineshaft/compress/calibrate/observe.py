@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lineshaft.compress.ranges import Histogram
 from lineshaft.model.linear import Linear
 
 SAMPLE = 1024
@@ -25,6 +26,7 @@ class Wanted:
 
     gram: bool = False
     sample: bool = False
+    histogram: bool = False
 
 
 class Inputs:
@@ -39,6 +41,8 @@ class Inputs:
         """Sum of x x^T, float32."""
         self._sample: list[Tensor] | None = [] if wanted.sample else None
         self._stride = 1
+        self.histogram = Histogram() if wanted.histogram else None
+        """Of the magnitudes of all numbers."""
 
     @property
     def mean_I(self) -> Tensor:
@@ -59,6 +63,8 @@ class Inputs:
         self._sum_I += wide_TI.abs().sum(0, dtype=torch.float64)
         if self.gram_II is not None:
             self.gram_II.addmm_(wide_TI.T, wide_TI)
+        if self.histogram is not None:
+            self.histogram.add(wide_TI)
         if self._sample is not None:
             self._sample.append(wide_TI[-self.tokens % self._stride :: self._stride].clone())
         self.tokens += len(wide_TI)
