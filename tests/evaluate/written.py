@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import random
+import sys
 
+from absl import logging as absl_logging
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 
 from lineshaft.evaluate.rouge import KINDS
 from lineshaft.records.generations import Generation
 
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
+# rouge-score imports absl, whose handler closes its stream whenever a tool sets up logging anew: that would be the stream pytest captures.
+
 ENGLISH = ["the", "a", "cat", "dog", "sat", "on", "mat,", "and.", "It", "is", "don't", "(here)", "3.5"]
 CHINESE = [*"猫坐在垫子上，狗不在这里。", "GPT", "3.5", "模型", "压缩"]
 
 
 def scorer() -> RougeScorer:
-    """rouge-score as it is by default. Left to itself it logs that, and so gives the root logger a handler on what pytest closes later."""
+    """rouge-score as it is by default. Left to itself it logs that, and so gives the root logger a handler."""
     return RougeScorer(list(KINDS), tokenizer=DefaultTokenizer(use_stemmer=False))
 
 
