@@ -68,6 +68,16 @@ def test_logits_are_ours(name: str, group: int | None, compressed: Callable[...,
     assert agree(logits_of(ours, prompt(20)), loaded(folder).logits(prompt(20)))
 
 
+@pytest.mark.parametrize("group", FORMS)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_with_the_head_compressed_as_well_they_are_ours(name: str, group: int | None, tmp_path: Path) -> None:
+    written_by_transformers(name, tmp_path / "hf")
+    model = load_checkpoint(tmp_path / "hf")
+    assert "lm_head" in compress(model, CompressConfig(group=group, skip=[]))
+    save_checkpoint(model, tmp_path / "out", tmp_path / "hf")
+    assert agree(logits_of(model, prompt(20)), loaded(tmp_path / "out").logits(prompt(20)))
+
+
 @pytest.mark.parametrize("step", ["gptq", "awq"])
 @pytest.mark.parametrize("shape", ["llama", "qwen3"])
 def test_what_calibration_made_loads_as_well(shape: str, step: str, tmp_path: Path) -> None:

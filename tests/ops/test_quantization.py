@@ -114,6 +114,16 @@ def test_what_was_written_for_int8_is_written_still() -> None:
     }
 
 
+def test_a_compressed_head_is_named_beside_the_class() -> None:
+    """In vLLM it is no "Linear": tests/compress/test_in_vllm.py."""
+    formats = {"a": Integer(4, 32), "lm_head": Integer(4, 32), "b": DENSE}
+    config: Any = to_quantization_config(formats)
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]
+    assert from_quantization_config(config, list(formats), ()) == formats
+    config = to_quantization_config(formats | {"lm_head": DENSE})
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
+
+
 def test_patterns_in_ignore_are_read() -> None:
     config = to_quantization_config({"a": Integer(8)}) or {}
     config["ignore"] = ["re:.*down_proj", "lm_head"]

@@ -1,7 +1,8 @@
 """The words of compressed-tensors in `quantization_config`: groups of layers in integer formats. quantization.py reads both dialects.
 
 With several formats each group lists its layers by name, so that every reader gives a layer one scheme whatever it prefers when
-targets overlap. With one format the target is the class "Linear", as compressed-tensors itself writes it.
+targets overlap. With one format the target is the class "Linear", as compressed-tensors itself writes it; beside it stands the name of a
+compressed head, which is of another class in vLLM.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ INTEGER = (
 _SCALES = {False: "token", True: "tensor"}
 """Whether activations have one scale for all, to the word for it."""
 _MIXED = "mixed-precision"
+_HEAD = "lm_head"
 
 
 def to_config(formats: Mapping[str, Format]) -> dict[str, Any]:
@@ -34,7 +36,8 @@ def to_config(formats: Mapping[str, Format]) -> dict[str, Any]:
     ordered = sorted(members, key=lambda fmt: (-len(members[fmt]), members[fmt][0]))
     alone = len(ordered) == 1
     packings = {fmt.packing for fmt in ordered}
-    groups = {f"group_{number}": _group(fmt, ["Linear"] if alone else members[fmt], alone) for number, fmt in enumerate(ordered)}
+    every = ["Linear", *(name for name in members[ordered[0]] if name == _HEAD)]
+    groups = {f"group_{number}": _group(fmt, every if alone else members[fmt], alone) for number, fmt in enumerate(ordered)}
     return {
         "quant_method": "compressed-tensors",
         "format": packings.pop() if len(packings) == 1 else _MIXED,
