@@ -62,8 +62,7 @@ def test_every_layer_is_seen_with_what_a_whole_run_gives_it(shape: str, tmp_path
     want = whole_runs(model, rows)
     hidden, seen = [model.model.embed_tokens(around.batch.tokens_T) for around in rows], {}
     for part in parts_of(model):
-        found, hidden = part.observe(hidden, rows, part.linears(), BOTH)
-        seen |= found
+        seen |= part.observe(hidden, rows, part.linears(), BOTH, advance=True)
     assert seen.keys() == want.keys() == model.linears().keys() - {name for name in model.linears() if name not in want}
     for name, x_TI in want.items():
         assert seen[name].tokens == len(x_TI), name

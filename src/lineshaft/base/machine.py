@@ -68,14 +68,15 @@ _M_MMAP_THRESHOLD = -3  # of glibc's <malloc.h>
 
 
 @contextmanager
-def large_blocks_returned() -> Iterator[None]:
-    """Within it glibc takes blocks of 256 KiB and more straight from the system and gives them back when they are freed.
+def large_blocks_returned(least: int = 256 << 10) -> Iterator[None]:
+    """Within it glibc takes blocks of `least` bytes and more straight from the system and gives them back when they are freed.
 
     Work that keeps a little of each large block it makes would otherwise leave a heap full of holes: compressing was
-    measured to hold up to three times what it kept (docs/preflight.md). Other allocators are left as they are.
+    measured to hold up to three times what it kept (docs/preflight.md). Other allocators are left as they are. Each page of
+    such a block costs the system some microseconds anew, so `least` is larger where blocks come and go.
     """
     if _mallopt is not None:
-        _mallopt(_M_MMAP_THRESHOLD, 256 << 10)
+        _mallopt(_M_MMAP_THRESHOLD, least)
     try:
         yield
     finally:

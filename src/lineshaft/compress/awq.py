@@ -20,6 +20,10 @@ from lineshaft.ops.formats import Integer
 
 LEAST_CLIP = 0.5
 """Of a group's range at least so much is kept."""
+SEARCHED = 256
+"""Scales are judged by so many tokens of a sample, or up to twice as many; with 1024 they hardly moved (docs/compression.md)."""
+TILE = 1 << 18
+"""Weights that are rounded at a time: 1 MiB of float32, near the fastest with 512 KiB of second-level cache a core."""
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no truth of being equal
@@ -42,13 +46,10 @@ def search(readers: Sequence[Reader], mean_C: Tensor, points: int = 20) -> tuple
     to 1; all divided by the root of their largest times their smallest, so that s lies around 1. No scale at all is among them.
     mean_C: of each channel, from inputs; a channel that was always zero keeps s = 1.
     """
-    plain = best = _error(readers, torch.ones_like(mean_C))
-    best_C = torch.ones_like(mean_C)
-    for s_C in _candidates(readers, mean_C, points):
-        found = _error(readers, s_C)
-        if found < best:
-            best, best_C = found, s_C
-    return best_C, best / plain if plain else 1.0
+    tried = [torch.ones_like(mean_C), *_candidates(readers, mean_C, points)]
+    errors_N = torch.stack([_errors(item, tried) for item in readers]).sum(0)
+    best, plain = int(errors_N.argmin()), float(errors_N[0])
+    return tried[best], float(errors_N[best]) / plain if plain else 1.0
 
 
 def _candidates(readers: Sequence[Reader], mean_C: Tensor, points: int) -> Iterator[Tensor]:
@@ -64,8 +65,11 @@ def _candidates(readers: Sequence[Reader], mean_C: Tensor, points: int) -> Itera
 
 def _share(reader: Reader) -> Tensor:
     """Of each input the mean magnitude of its weights as a share of the largest in their group, [I]."""
-    grouped_OGW = _grouped(reader.weight_OI.float().abs(), reader.fmt)
-    return (grouped_OGW / grouped_OGW.amax(-1, keepdim=True).clamp(min=1e-12)).mean(0).flatten()
+    sum_I = torch.zeros(reader.weight_OI.shape[1])
+    for weight_OI in _tiles(reader.weight_OI):
+        grouped_OGW = _grouped(weight_OI.float().abs(), reader.fmt)
+        sum_I += (grouped_OGW / grouped_OGW.amax(-1, keepdim=True).clamp(min=1e-12)).sum(0).flatten()
+    return sum_I / len(reader.weight_OI)
 
 
 def _centred(s_C: Tensor, dead_C: Tensor) -> Tensor:
@@ -76,27 +80,35 @@ def _centred(s_C: Tensor, dead_C: Tensor) -> Tensor:
     return (s_C / (alive.max() * alive.min()).sqrt()).clamp(1e-4, 1e4).masked_fill(dead_C, 1.0)
 
 
-def _error(readers: Sequence[Reader], s_C: Tensor) -> float:
-    """Sum of squares by which the readers' outputs change, over the tokens that the samples stand for."""
-    total = 0.0
-    for item in readers:
-        s_I, weight_OI = item.port.spread(s_C), item.weight_OI.float()
-        error_OI = _rounded(weight_OI * s_I, item.fmt).div_(s_I).sub_(weight_OI)
-        share = item.tokens / max(len(item.sample_SI), 1)
-        total += share * float((item.sample_SI @ error_OI.T).square().sum())
-    return total
+def _errors(reader: Reader, tried: Sequence[Tensor]) -> Tensor:
+    """By each s the sum of squares by which the reader's outputs change, over the tokens that the sample stands for; float64 [N].
+
+    All s on one tile of the weight after another, so that what rounding reads and writes stays in a cache.
+    """
+    sample_SI = reader.sample_SI[:: max(len(reader.sample_SI) // SEARCHED, 1)]
+    by_input, errors_N = [reader.port.spread(s_C) for s_C in tried], torch.zeros(len(tried), dtype=torch.float64)
+    for weight_OI in _tiles(reader.weight_OI):
+        wide_OI = weight_OI.float()
+        for place, s_I in enumerate(by_input):
+            error_OI = _error(_grouped(wide_OI * s_I, reader.fmt), reader.fmt).view_as(wide_OI).div_(s_I)
+            errors_N[place] += (sample_SI @ error_OI.T).square_().sum()
+    return errors_N * (reader.tokens / max(len(sample_SI), 1))
 
 
-def _rounded(weight_OI: Tensor, fmt: Integer) -> Tensor:
-    """What the format would make of a weight, float32; the same as encoding and decoding, without the packing."""
-    grouped_OGW = _grouped(weight_OI, fmt)
-    scale_OG, zero_OG = fmt.scale_and_zero(grouped_OGW)
-    return _on_grid(grouped_OGW, fmt, scale_OG, zero_OG).view(weight_OI.shape)
+def _tiles(weight_OI: Tensor) -> tuple[Tensor, ...]:
+    return weight_OI.split(max(TILE // weight_OI.shape[1], 1))
 
 
-def _on_grid(grouped_OGW: Tensor, fmt: Integer, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
+def _error(grouped_OGW: Tensor, fmt: Integer) -> Tensor:
+    """By how much the format would change a float32 weight; the same as encoding and decoding, without the packing. Spoils its input."""
+    return _off_grid(grouped_OGW, fmt, *fmt.scale_and_zero(grouped_OGW))
+
+
+def _off_grid(grouped_OGW: Tensor, fmt: Integer, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
+    """The same for these scales and zeros."""
     scale_OG1, zero_OG1 = scale_OG.float()[..., None], zero_OG.float()[..., None]
-    return (grouped_OGW / scale_OG1).round_().add_(zero_OG1).clamp_(0, 2**fmt.bits - 1).sub_(zero_OG1).mul_(scale_OG1)
+    steps_OGW = grouped_OGW.div_(scale_OG1)
+    return steps_OGW.round().add_(zero_OG1).clamp_(0, 2**fmt.bits - 1).sub_(zero_OG1).sub_(steps_OGW).mul_(scale_OG1)
 
 
 def _grouped(weight_OI: Tensor, fmt: Integer) -> Tensor:
@@ -104,26 +116,27 @@ def _grouped(weight_OI: Tensor, fmt: Integer) -> Tensor:
 
 
 def clipped(weight_OI: Tensor, fmt: Integer, sample_SI: Tensor, points: int = 10) -> dict[str, Tensor]:
-    """The tensors of `fmt` for a float32 weight, each group clipped where its share of the outputs then changes least.
+    """The tensors of `fmt` for a weight, each group clipped where its share of the outputs then changes least.
 
     Ranges from LEAST_CLIP of a group's own to all of it are tried, in `points` steps; by the error of the group alone on the
     sample, sum over tokens of (x . (rounded - w))^2, as if other groups were exact.
     """
-    grouped_OGW = _grouped(weight_OI, fmt)
-    by_group = sample_SI.view(len(sample_SI), grouped_OGW.shape[1], -1).permute(1, 2, 0)
+    by_group = sample_SI.view(len(sample_SI), fmt.groups(weight_OI.shape[1]), -1).permute(1, 2, 0)
     gram_GWW = by_group @ by_group.transpose(1, 2)
-    best_OG: Tensor | None = None
+    made = [_clipped(_grouped(tile_OI.float(), fmt), fmt, gram_GWW, points) for tile_OI in _tiles(weight_OI)]
+    return fmt.store(*(torch.cat(parts) for parts in zip(*made, strict=True)))
+
+
+def _clipped(grouped_OGW: Tensor, fmt: Integer, gram_GWW: Tensor, points: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zeros of some rows."""
+    best_OG = torch.full(grouped_OGW.shape[:2], torch.inf)
+    best_scale_OG, best_zero_OG = fmt.scale_and_zero(grouped_OGW)
     for step in range(points + 1):
-        keep = 1 - step * (1 - LEAST_CLIP) / points
-        scale_OG, zero_OG = fmt.scale_and_zero(grouped_OGW * keep)
-        error_GOW = (_on_grid(grouped_OGW, fmt, scale_OG, zero_OG) - grouped_OGW).transpose(0, 1)
-        error_OG = ((error_GOW @ gram_GWW) * error_GOW).sum(-1).T
-        if best_OG is None:
-            best_OG, best_scale_OG, best_zero_OG = error_OG, scale_OG, zero_OG
-            continue
+        scale_OG, zero_OG = fmt.scale_and_zero(grouped_OGW * (1 - step * (1 - LEAST_CLIP) / points))
+        error_GOW = _off_grid(grouped_OGW.clone(), fmt, scale_OG, zero_OG).transpose(0, 1)
+        error_OG = (error_GOW @ gram_GWW).mul_(error_GOW).sum(-1).T
         better_OG = error_OG < best_OG
         best_OG = torch.where(better_OG, error_OG, best_OG)
         best_scale_OG = torch.where(better_OG, scale_OG, best_scale_OG)
         best_zero_OG = torch.where(better_OG, zero_OG, best_zero_OG)
-    codes_OGW = fmt.nearest(grouped_OGW, best_scale_OG[..., None], best_zero_OG[..., None])
-    return fmt.store(codes_OGW.flatten(1), best_scale_OG, best_zero_OG)
+    return fmt.nearest(grouped_OGW, best_scale_OG[..., None], best_zero_OG[..., None]).flatten(1), best_scale_OG, best_zero_OG

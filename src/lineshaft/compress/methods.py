@@ -119,7 +119,7 @@ class Awq:
         return awq.Reader(port, linear.weight.detach(), fmt, inputs.sample_SI, inputs.tokens)
 
     def _codes(self, linear: Linear, fmt: Integer, inputs: Inputs | None, s_I: Tensor | None) -> dict[str, Tensor]:
-        weight_OI = linear.dense_weight(torch.float32)
+        weight_OI = linear.weight.detach()
         # Eight bits have steps to spare; and fewer tokens than a group has inputs say nothing of some of its weights.
         if inputs is None or not self.config.clip or fmt.bits == 8 or len(inputs.sample_SI) < (fmt.group or linear.in_features):
             return fmt.encode(weight_OI)

@@ -57,17 +57,19 @@ class Inputs:
 
     def add(self, x_TI: Tensor) -> None:
         """Count these tokens."""
-        wide_TI = x_TI.detach().float()
-        if len(wide_TI):
-            self.largest_I = torch.maximum(self.largest_I, wide_TI.abs().amax(0))
-        self._sum_I += wide_TI.abs().sum(0, dtype=torch.float64)
+        x_TI = x_TI.detach()
+        magnitude_TI = x_TI.abs().float()
+        if len(x_TI):
+            self.largest_I = torch.maximum(self.largest_I, magnitude_TI.amax(0))
+        self._sum_I += magnitude_TI.sum(0)  # of one call in float32, which torch adds up in pieces; a float64 copy took as long as all else
         if self.gram_II is not None:
+            wide_TI = x_TI.float()
             self.gram_II.addmm_(wide_TI.T, wide_TI)
         if self.histogram is not None:
             self.histogram.add(wide_TI)
         if self._sample is not None:
-            self._sample.append(wide_TI[-self.tokens % self._stride :: self._stride].clone())
-        self.tokens += len(wide_TI)
+            self._sample.append(x_TI[-self.tokens % self._stride :: self._stride].to(torch.float32, copy=True))
+        self.tokens += len(x_TI)
         while self._sample is not None and sum(map(len, self._sample)) > SAMPLE:
             self._sample = [torch.cat(self._sample)[::2]]
             self._stride *= 2

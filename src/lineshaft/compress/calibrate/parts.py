@@ -32,11 +32,20 @@ class Part(ABC):
         """Hidden states before this part to those after it, [T, I]."""
 
     def observe(
-        self, hidden: list[Tensor], rows: list[Surroundings], linears: Mapping[str, Linear], wanted: Wanted
-    ) -> tuple[dict[str, Inputs], list[Tensor]]:
-        """What comes into these layers, and the hidden states after the part."""
+        self, hidden: list[Tensor], rows: list[Surroundings], linears: Mapping[str, Linear], wanted: Wanted, advance: bool = False
+    ) -> dict[str, Inputs]:
+        """What comes into these layers. `advance`: the hidden states become in place those after the part, as by `advance`."""
         with watching(linears, wanted) as seen:
-            return seen, [self.run(x_TI, around) for x_TI, around in zip(hidden, rows, strict=True)]
+            for x_TI, around in zip(hidden, rows, strict=True):
+                after_TI = self.run(x_TI, around)
+                if advance:
+                    x_TI.copy_(after_TI)
+        return seen
+
+    def advance(self, hidden: list[Tensor], rows: list[Surroundings]) -> None:
+        """Turn the hidden states before the part into those after it, in place: they are the most that a walk holds."""
+        for x_TI, around in zip(hidden, rows, strict=True):
+            x_TI.copy_(self.run(x_TI, around))
 
     def linears(self) -> dict[str, Linear]:
         """The linear layers of this part by their names in the model."""
@@ -81,15 +90,15 @@ class HeadPart(Part):
         return x_TI
 
     def observe(
-        self, hidden: list[Tensor], rows: list[Surroundings], linears: Mapping[str, Linear], wanted: Wanted
-    ) -> tuple[dict[str, Inputs], list[Tensor]]:
+        self, hidden: list[Tensor], rows: list[Surroundings], linears: Mapping[str, Linear], wanted: Wanted, advance: bool = False
+    ) -> dict[str, Inputs]:
         """See Part."""
         if "lm_head" not in linears:
-            return {}, hidden
+            return {}
         found = Inputs(linears["lm_head"].in_features, wanted)
         for x_TI in hidden:
             found.add(self.model.model.norm(x_TI))
-        return {"lm_head": found}, hidden
+        return {"lm_head": found}
 
 
 class PredictionPart(Part):

@@ -17,6 +17,8 @@ from lineshaft.records.tokens import TokenStream
 from lineshaft.train.batches import IGNORE, Batch, RowReader, ShuffledRows
 
 ROWS_AT_ONCE = 4
+TOKENS_AT_ONCE = 1024
+"""Of so many at most, but at least one row: a wide block makes some 100 bytes a channel and token on its way."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,15 @@ class Surroundings:
 
 
 def calibration_rows(tokens: Artifact, config: CalibrationConfig, model: ModelConfig) -> list[Surroundings]:
-    """Batches of ROWS_AT_ONCE rows. Raises TrainingError where the text has not even one row."""
+    """Batches of rows, ROWS_AT_ONCE and TOKENS_AT_ONCE at most. Raises TrainingError where the text has not even one row."""
     reader = RowReader(TokenStream(tokens, "train"), config.sequence_tokens)
     count = min(config.sequences, reader.rows)
     if count < config.sequences:
         told = f"{tokens.id} has {count} rows of {config.sequence_tokens} tokens, {config.sequences} were asked for"
         say(f"calibration: {told}: all are used")
     chosen = ShuffledRows(reader, 1, config.seed).rows(0, count)
-    batches = (reader.batch(chosen[first : first + ROWS_AT_ONCE]) for first in range(0, count, ROWS_AT_ONCE))
+    at_once = max(min(TOKENS_AT_ONCE // config.sequence_tokens, ROWS_AT_ONCE), 1)
+    batches = (reader.batch(chosen[first : first + at_once]) for first in range(0, count, at_once))
     return [_surrounded(batch, model) for batch in batches]
 
 

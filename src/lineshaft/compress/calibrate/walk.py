@@ -1,6 +1,6 @@
 """Going through a model part by part, changing each by what comes into it; killed, it goes on after the last part done.
 
-What is needed is the tensors of one part, twice, and the hidden states of the calibration text: parts that are done lie on disk and
+What is needed is the tensors of one part, twice, and the hidden states of the calibration text, once: parts that are done lie on disk and
 are mapped from there, those to come are mapped from the checkpoint (docs/compression.md, "Memory").
 
     <folder>/part-0003/    state.safetensors (its tensors, and scales found), files.json (hashes); renamed into place when whole
@@ -16,6 +16,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from lineshaft.base.machine import large_blocks_returned
 from lineshaft.base.terminal import bar
 from lineshaft.compress.calibrate import kept
 from lineshaft.compress.calibrate.observe import Inputs, Wanted
@@ -27,6 +28,8 @@ from lineshaft.ops.formats import Format
 
 Scales = dict[str, Tensor]
 """Junction to what its channels were divided by."""
+LARGE = 8 << 20
+"""Bytes of a block that goes back to the system when freed. Left in the heap, those of wide blocks had it hold twice what was in use."""
 
 
 class Method(Protocol):
@@ -53,17 +56,18 @@ def walk(model: Decoder, rows: list[Surroundings], method: Method, folder: Path)
     parts = parts_of(model)
     done, scales, unseen = _resume(parts, method, folder)
     hidden = kept.hidden(folder, done) if done else [model.model.embed_tokens(around.batch.tokens_T) for around in rows]
-    with bar(method.name, len(parts), done=done) as progress:
+    with bar(method.name, len(parts), done=done) as progress, large_blocks_returned(LARGE):
         for number, part in enumerate(parts[done:], done + 1):
+            _own(part)
             watched = method.watched(part)
-            seen, after = part.observe(hidden, rows, watched, method.wanted)
+            seen = part.observe(hidden, rows, watched, method.wanted, advance=not method.changes_outputs)
             found = method.treat(part, seen)
             missed = sorted(watched.keys() - seen.keys())
             if method.changes_outputs:
-                after = [part.run(x_TI, around) for x_TI, around in zip(hidden, rows, strict=True)]
-            kept.save(folder, number, _tensors(part), found, missed, after)
+                part.advance(hidden, rows)
+            kept.save(folder, number, _tensors(part), found, missed, hidden)
             _take(part, method, kept.tensors(folder, number)[0])
-            hidden, scales, unseen = after, scales | found, unseen + missed
+            scales, unseen = scales | found, unseen + missed
             progress.advance(1, part.names[-1])
     return scales, unseen
 
@@ -83,6 +87,17 @@ def _resume(parts: list[Part], method: Method, folder: Path) -> tuple[int, Scale
 
 def _tensors(part: Part) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in part.model.state_dict().items() if part.holds(name)}
+
+
+def _own(part: Part) -> None:
+    """Let the part's dense weights lie in memory of their own, which is free once they are replaced.
+
+    A page of a mapped file that was written to stays in memory as long as anything of the file is mapped, and so would every layer
+    that a method scales in place.
+    """
+    for module in (module for _, module in part.modules()):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.clone()
 
 
 def _take(part: Part, method: Method, tensors: Mapping[str, Tensor]) -> None:
