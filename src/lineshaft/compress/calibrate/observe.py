@@ -66,7 +66,7 @@ class Inputs:
             wide_TI = x_TI.float()
             self.gram_II.addmm_(wide_TI.T, wide_TI)
         if self.histogram is not None:
-            self.histogram.add(wide_TI)
+            self.histogram.add(x_TI)
         if self._sample is not None:
             self._sample.append(x_TI[-self.tokens % self._stride :: self._stride].to(torch.float32, copy=True))
         self.tokens += len(x_TI)
