@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from lineshaft.base.errors import ConfigError, LineshaftError
 from lineshaft.cli.main import app
+from lineshaft.compress import budget_preflight, calibrate_preflight, forecasts
 from lineshaft.compress import preflight as compress_preflight
+from lineshaft.compress.steps import STEPS
 from lineshaft.engine import preflight as engine_preflight
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import attention_flops, cost_of
@@ -46,7 +48,7 @@ def check(*args: str | Path) -> tuple[int, str]:
 @pytest.fixture(autouse=True)
 def a_process_of_known_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test process holds depends on the tests before; it is part of every peak."""
-    for task in (compress_preflight, engine_preflight, train_preflight):
+    for task in (budget_preflight, calibrate_preflight, compress_preflight, engine_preflight, train_preflight):
         monkeypatch.setattr(task, "resident_memory_bytes", lambda: 300 << 20)
 
 
@@ -115,7 +117,9 @@ def short_of(peak: int, mebibytes: int) -> str:
         (CACHE, 100, "engine.cache_bytes="),
         (CACHE, 450, "compress it to int8 first"),
         (["--task", "train", "--rows", "64", *FLOAT32], 1000, "rows=32 with loop.accumulate=2"),
-        (["--task", "quantise"], 10, "no option makes it fit"),
+        (["--task", "compress"], 10, "no option makes it fit"),
+        (["--task", "compress", "--set", "compress.step=awq"], 10, "sequences=32"),
+        (["--task", "compress", "--set", "compress.step=qat"], 1000, "rows="),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
@@ -146,6 +150,37 @@ def test_a_format_that_the_checkpoint_does_not_have_yet_can_be_tried(billion: Pa
     assert code == 2
     assert '--format "int8-zeros": unknown; one of dense, int8, int8-32, int4-32, fp8' in told
     assert json.loads(check(billion, "--memory", "64GiB", "--dtype", "float32", "--json")[1])["stored"]["bytes"] == 4 * shown["parameters"]
+
+
+STEP_NEEDS = {"budget": "compress.bits=5", "prune": "compress.channels=0.2", "distil": "compress.keep_layers=2"}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_of_compression_can_be_checked(billion: Path, step: str) -> None:
+    needs = ["--set", STEP_NEEDS[step]] if step in STEP_NEEDS else []
+    asked = ["--task", "compress", "--set", f"compress.step={step}", *needs]
+    shown = json.loads(check(billion, *asked, "--memory", "999GiB", "--json")[1])
+    assert (shown["task"], shown["fits"]) == ("compress", True)
+    assert shown["peak_bytes"] == sum(shown["memory"].values()) > 320 << 20
+    assert check(billion, *asked, "--memory", str(shown["peak_bytes"] - 1))[0] == 8
+
+
+def test_a_step_without_a_forecast_is_told_and_so_is_one_that_is_none(billion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, told = check(billion, "--task", "compress", "--set", "compress.step=shrink")
+    assert (code, "one of round, gptq, awq, smooth, budget" in told) == (2, True)
+    monkeypatch.setattr(forecasts, "FORECASTS", {"round": forecasts.FORECASTS["round"]})
+    code, told = check(billion, "--task", "compress", "--set", "compress.step=awq")
+    assert (code, told) == (2, '"compress.step": awq has no memory forecast; those of round can be checked')
+
+
+def test_kernels_are_those_of_what_comes_of_the_step(billion: Path) -> None:
+    shown = {
+        given: json.loads(check(billion, "--task", "compress", "--memory", "999GiB", "--set", given, "--json")[1])["kernels"]
+        for given in ("compress.step=smooth", "compress.step=awq")
+    }
+    assert shown["compress.step=smooth"].keys() == json.loads(check(billion, "--memory", "999GiB", "--json")[1])["kernels"].keys()
+    as_int4 = check(billion, "--memory", "999GiB", "--format", "int4-128", "--json")[1]
+    assert shown["compress.step=awq"].keys() == json.loads(as_int4)["kernels"].keys()
 
 
 def test_a_recipe_is_checked_with_its_own_rows(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,36 @@ def test_parts_that_are_done_are_held_from_disk_and_not_in_memory(tmp_path: Path
     assert own == []
 
 
+@pytest.mark.parametrize("step", ["gptq", "awq", "smooth"])
+def test_what_is_mapped_from_the_checkpoint_is_never_written_to(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that were written to stay in memory with the file's last tensor, so they would add up to the whole model."""
+    made, models = line(tmp_path / "store", "llama"), []
+    mapped: dict[str, Tensor] = {}
+
+    def looked_at(root: Path) -> Decoder:
+        models.append(load_checkpoint(root))
+        mapped.update({name: parameter.data for name, parameter in models[0].named_parameters()} if len(models) == 1 else {})
+        return models[-1]
+
+    monkeypatch.setattr("lineshaft.compress.calibrated.load_checkpoint", looked_at)
+    made.compress(step, **(ROWS if step == "smooth" else INT8))
+    stored = load_checkpoint(made.checkpoint.root).state_dict()
+    assert mapped.keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in mapped.items())
+    norm = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(models[0].state_dict()[norm], stored[norm]) == (step == "gptq")
+
+
+@pytest.mark.parametrize("step", ["gptq", "awq"])
+def test_statistics_of_a_part_are_gone_before_the_next_is_looked_at(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, known, alive = line(tmp_path / "store", "llama"), weakref.WeakSet[Inputs](), []
+    right = Inputs.__init__
+
+    def counted(self: Inputs, inputs: int, wanted: Wanted) -> None:
+        right(self, inputs, wanted)
+        known.add(self)
+        alive.append(len(known))
+
+    monkeypatch.setattr(Inputs, "__init__", counted)
+    made.compress(step, **INT8)
+    assert len(alive) == 12 and max(alive) == 4  # of a layer: before query, key and value; before o; before gate and up; before down

@@ -60,7 +60,7 @@ def detached(model: Decoder) -> dict[str, Tensor]:
 
 
 def worth_of(model: Decoder, units: Units, fisher: dict[str, Tensor]) -> Tensor:
-    return prune._worth(units, detached(model), fisher)
+    return prune.worth(units, detached(model), fisher)
 
 
 def by_name(model: Decoder) -> dict[str, Units]:

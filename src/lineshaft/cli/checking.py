@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,8 +14,7 @@ from lineshaft.base.config import Table, load, merge, nest, parse_assignment, re
 from lineshaft.base.errors import ConfigError
 from lineshaft.cli.options import DEFAULT_STORE, JsonOption, StoreOption
 from lineshaft.cli.serving import checkpoint_folder
-from lineshaft.compress.config import CompressConfig
-from lineshaft.compress.preflight import Compressing, judge_compressing
+from lineshaft.compress.forecasts import FORECASTS, made_of, step_config
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.pool import context_of
 from lineshaft.engine.preflight import Serving, judge_serving
@@ -31,7 +30,7 @@ from lineshaft.pipeline.recipe import read_recipe
 from lineshaft.train.preflight import Training, judge_training
 from lineshaft.train.stage import TrainConfig
 
-Task = Literal["serve", "train", "quantise"]
+Task = Literal["serve", "train", "compress"]
 DOES_NOT_FIT = 8
 """Exit status when the task does not fit: that of the error with which the task itself would be refused."""
 _FORMATS = ("dense", "int8", "int8-32", "int4-32", "fp8")
@@ -48,7 +47,8 @@ def check(
     sequence_tokens: Annotated[int | None, typer.Option(min=1, help="Training: tokens in a row.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory to fit into, such as 16GiB; default: what this machine has free.")] = None,
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="A value of engine, train or compress, as these take it.")
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=VALUE", help="A value of engine, train or compress, as these take it; compress.step: the step."),
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
@@ -65,11 +65,10 @@ def check(
     if unknown := sorted(table.keys() - flags.keys()):
         raise ConfigError(f'--set "{unknown[0]}": unknown; begin with engine., train. or compress.')
     room = None if memory is None else _bytes(memory)
-    verdict, at = _judged(task, config, stored, table, room)
-    coded = task == "serve" and load(EngineConfig, table["engine"], "engine").cache_dtype == "int8"
-    shown = _shown(config, stored, task, verdict, at, coded)
+    judged = _judged(task, config, stored, table, room)
+    shown = _shown(config, stored, task, judged)
     print(json.dumps(shown, ensure_ascii=False) if as_json else _told(shown))
-    if not verdict.fits:
+    if not judged.verdict.fits:
         raise typer.Exit(DOES_NOT_FIT)
 
 
@@ -113,31 +112,43 @@ def _bytes(text: str) -> int:
     return size
 
 
-def _judged(task: Task, config: ModelConfig, stored: Stored, table: Table, room: int | None) -> tuple[Verdict, int]:
-    """The verdict, and the tokens of context at which the task works."""
+@dataclass(frozen=True)
+class _Judged:
+    """What was found of a task."""
+
+    verdict: Verdict
+    context: int
+    """Tokens at which the task works."""
+    format: str
+    """Of the weights that products meet; what is compressed will be served, so those that come of it."""
+    coded: bool = False
+    """The cache is held in 8 bits."""
+
+
+def _judged(task: Task, config: ModelConfig, stored: Stored, table: Table, room: int | None) -> _Judged:
     if task == "serve":
         engine = load(EngineConfig, table["engine"], "engine")
-        return judge_serving(Serving(config, stored, engine), room), context_of(config, engine)
+        verdict = judge_serving(Serving(config, stored, engine), room)
+        return _Judged(verdict, context_of(config, engine), stored.format, engine.cache_dtype == "int8")
     if task == "train":
         train = load(TrainConfig, table["train"], "train")
         given = Training(config, train.rows, train.sequence_tokens, train.loop.accumulate, train.loop.precision)
-        return judge_training(given, room), train.sequence_tokens
-    compress = load(CompressConfig, table["compress"], "compress")
-    return judge_compressing(Compressing(config, stored, compress.formats), room), config.max_position_embeddings
+        return _Judged(judge_training(given, room), train.sequence_tokens, stored.format)
+    step = step_config(table["compress"])
+    verdict = FORECASTS[step.step](config, stored, step, room)
+    return _Judged(verdict, getattr(step, "sequence_tokens", config.max_position_embeddings), made_of(step, stored))
 
 
-def _shown(config: ModelConfig, stored: Stored, task: Task, verdict: Verdict, context: int, coded: bool) -> dict[str, Any]:
+def _shown(config: ModelConfig, stored: Stored, task: Task, judged: _Judged) -> dict[str, Any]:
     """Everything that is told, as the JSON object that --json prints."""
-    cost = cost_of(config)
+    cost, verdict, context = cost_of(config), judged.verdict, judged.context
     formats = {
         "float32": Stored(),
         "bfloat16": Stored("bfloat16"),
         "int8, one scale a channel": Stored("bfloat16", "int8"),
         "int8, groups of 32": Stored("bfloat16", "int8-32"),
     }
-    # What is compressed will be served: its kernels are those that count.
-    fmt, native = "int8" if task == "quantise" else stored.format, library() is not None
-    used = ops_used(config, fmt, "train" if task == "train" else "serve", native, coded)
+    used = ops_used(config, judged.format, "train" if task == "train" else "serve", library() is not None, judged.coded)
     with steady(task != "train"):  # as the engine runs them
         origins = chosen("cpu")
     kernels = {op: origins[op] for op in used}

@@ -11,9 +11,9 @@ from lineshaft.base.config import load
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Artifact, Draft
 from lineshaft.base.terminal import say
+from lineshaft.compress.budget_preflight import judge_budget
 from lineshaft.compress.config import NAMED, CompressConfig
 from lineshaft.compress.plan import BudgetConfig, calibration, plan
-from lineshaft.compress.preflight import Compressing, judge_compressing
 from lineshaft.compress.proof import Tolerance, remember
 from lineshaft.compress.stage import compress, finish, formats_of
 from lineshaft.model.checkpoint import load_checkpoint
@@ -43,7 +43,7 @@ def _settle(config: BudgetStepConfig, parents: Mapping[str, Artifact]) -> Budget
 def _build(draft: Draft, config: BudgetStepConfig) -> None:
     source = draft.parents["checkpoint"]
     contract.check_folder(source.root)
-    judge_compressing(Compressing(load_config(source.root), stored_in(source.root), tuple(config.formats))).enforce()
+    judge_budget(load_config(source.root), stored_in(source.root), config).enforce()
     model = load_checkpoint(source.root)
     before = remember(model, source.root)
     found = plan(model, calibration(draft.parents["tokens"], config), config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from lineshaft.base.errors import ConfigError
@@ -13,7 +14,8 @@ from lineshaft.base.terminal import say
 from lineshaft.compress.calibrate.config import CalibrationConfig
 from lineshaft.compress.calibrate.rows import calibration_rows
 from lineshaft.compress.calibrate.walk import Method, walk
-from lineshaft.compress.config import AwqConfig, GptqConfig, Rounding, SmoothConfig, StaticConfig
+from lineshaft.compress.calibrate_preflight import Calibrating, Config, judge_calibrating
+from lineshaft.compress.config import AwqConfig, GptqConfig, SmoothConfig, StaticConfig
 from lineshaft.compress.layers import chosen, routed, warn_of_experts
 from lineshaft.compress.methods import Awq, Gptq, Smooth, Static
 from lineshaft.compress.proof import Tolerance, remember
@@ -21,8 +23,11 @@ from lineshaft.compress.stage import finish, formats_of
 from lineshaft.model.checkpoint import load_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.folder import load_config
+from lineshaft.model.memory import stored_in
 from lineshaft.ops.formats import DENSE
+from lineshaft.records.tokens import TokenStream
 from lineshaft.text import contract
+from lineshaft.train.batches import RowReader
 from lineshaft.train.stage import check_tokenizer
 
 C = TypeVar("C", bound=CalibrationConfig)
@@ -39,19 +44,23 @@ def _settle(config: C, parents: Mapping[str, Artifact]) -> C:
 
 
 def _round_by(
-    draft: Draft, model: Decoder, config: Rounding, calibration: CalibrationConfig, method: Method, nearest: bool = False
+    draft: Draft, model: Decoder, config: GptqConfig | AwqConfig | StaticConfig, method: Method, nearest: bool = False
 ) -> None:
     layers = chosen(model, config, "compress")
     before = remember(model, draft.parents["checkpoint"].root)
-    scales = _walked(draft, model, calibration, method)
+    scales = _walked(draft, model, config, method)
     warn_of_experts(model, "compress")
     finish(draft, model, before, Tolerance(config.tolerated_nats, nearest=nearest, scales=scales))
     draft.facts |= {"format": formats_of(model), "layers": len(layers)}
 
 
-def _loaded(draft: Draft) -> Decoder:
+def _loaded(draft: Draft, config: Config) -> Decoder:
+    """The model, unless memory would not suffice for the rows that there are."""
     source = draft.parents["checkpoint"]
     contract.check_folder(source.root)
+    given = Calibrating.of(load_config(source.root), stored_in(source.root), config)
+    rows = RowReader(TokenStream(draft.parents["tokens"], "train"), config.sequence_tokens).rows
+    judge_calibrating(replace(given, sequences=min(given.sequences, rows))).enforce()
     return load_checkpoint(source.root)
 
 
@@ -67,23 +76,23 @@ def _walked(draft: Draft, model: Decoder, calibration: CalibrationConfig, method
 
 
 def _build_gptq(draft: Draft, config: GptqConfig) -> None:
-    _round_by(draft, _loaded(draft), config, config, Gptq(config))
+    _round_by(draft, _loaded(draft, config), config, Gptq(config))
 
 
 def _build_awq(draft: Draft, config: AwqConfig) -> None:
-    _round_by(draft, _loaded(draft), config, config, Awq(config))
+    _round_by(draft, _loaded(draft, config), config, Awq(config))
 
 
 def _build_static(draft: Draft, config: StaticConfig) -> None:
-    model = _loaded(draft)
+    model = _loaded(draft, config)
     experts = routed(model)
     if experts:
         say(f"static: the {len(experts)} layers of routed experts keep one scale a token: few tokens come to each")
-    _round_by(draft, model, config, config, Static(config, experts), nearest=True)
+    _round_by(draft, model, config, Static(config, experts), nearest=True)
 
 
 def _build_smooth(draft: Draft, config: SmoothConfig) -> None:
-    model = _loaded(draft)
+    model = _loaded(draft, config)
     for name, linear in model.linears().items():
         if linear.format != DENSE:
             told = "outliers can only be moved into dense weights; smooth the checkpoint that it was made from"

@@ -19,7 +19,7 @@ from lineshaft.model.config import Architecture, ModelConfig
 from lineshaft.model.cost import cost_of
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.folder import load_config
-from lineshaft.model.memory import stored_in
+from lineshaft.model.memory import Stored, stored_in
 from lineshaft.text import contract
 from lineshaft.train.preflight import Training
 from lineshaft.train.stage import FitConfig, check_context, check_tokenizer, keep, settled, train
@@ -83,7 +83,7 @@ def _build(draft: Draft, config: DistilConfig) -> None:
     contract.check_folder(checkpoint.root)
     described = load_config(checkpoint.root)
     shape = student_config(config, described)
-    judge_distilling(_planned(config, described, shape, checkpoint)).enforce()
+    judge_distilling(planned(config, described, stored_in(checkpoint.root))).enforce()
     _tell_sizes(described, shape)
     teacher = load_checkpoint(checkpoint.root)
     student = _begun(config, teacher, shape)
@@ -96,10 +96,12 @@ def _build(draft: Draft, config: DistilConfig) -> None:
         draft.facts["kept_layers"] = list(evenly_spaced(config.keep_layers, described.num_hidden_layers))
 
 
-def _planned(config: DistilConfig, teacher: ModelConfig, student: ModelConfig, checkpoint: Artifact) -> Distilling:
+def planned(config: DistilConfig, teacher: ModelConfig, stored: Stored) -> Distilling:
+    """What is to be done, as the memory forecast takes it; `stored`: the teacher's weights."""
+    student = student_config(config, teacher)
     training = Training(student, config.rows, config.sequence_tokens, config.loop.accumulate, config.loop.precision)
     pairs = len(pairs_of(student.num_hidden_layers, teacher.num_hidden_layers)) if config.hidden_weight else 0
-    return Distilling(training, teacher, stored_in(checkpoint.root), config.alpha > 0, pairs)
+    return Distilling(training, teacher, stored, config.alpha > 0, pairs)
 
 
 def _tell_sizes(teacher: ModelConfig, student: ModelConfig) -> None:

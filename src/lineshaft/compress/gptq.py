@@ -20,6 +20,11 @@ from lineshaft.ops.formats import Integer
 
 Order = Literal["none", "activation"]
 
+BLOCK = 128
+"""Inputs after which later ones learn of the errors at once (the paper's lazy batches)."""
+COPIES = 4
+"""Float64 matrices as large as the Hessian that `Factor.of` holds at once, at most."""
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -49,14 +54,15 @@ class Factor:
         order_I = torch.arange(len(hessian_II), device=hessian_II.device)
         if order == "activation":
             order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
-        return cls(order_I, _factor(hessian_II[order_I][:, order_I], damp).to(torch.float32), order == "none")
+            hessian_II = hessian_II[order_I][:, order_I]
+        return cls(order_I, _factor(hessian_II, damp).to(torch.float32), order == "none")
 
 
-def gptq(weight_OI: Tensor, factor: Factor, fmt: Integer, block: int = 128) -> dict[str, Tensor]:
+def gptq(weight_OI: Tensor, factor: Factor, fmt: Integer, block: int = BLOCK) -> dict[str, Tensor]:
     """The tensors of `fmt` for a dense weight, rounded so that its outputs on the calibration inputs change little.
 
-    block: inputs after which later ones learn of the errors at once (the paper's lazy batches: speed only); made a multiple of the
-    group, or as large. An input that was always zero is rounded to nearest. Raises ConfigError for a shape that does not fit.
+    block: see BLOCK, a matter of speed only; made a multiple of the group, or as large. An input that was always zero is rounded to
+    nearest. Raises ConfigError for a shape that does not fit.
     """
     outputs, inputs = weight_OI.shape
     width = inputs // fmt.groups(inputs)
@@ -130,9 +136,12 @@ def _factor(hessian_II: Tensor, damp: float) -> Tensor:
         damped_II = hessian_II.flip(0, 1)
         damped_II.diagonal().add_(damp * hessian_II.diagonal().mean())
         lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+        del damped_II  # each of these is twice the Hessian: see COPIES
         if not failed:
+            upper_II = lower_II.flip(0, 1)
+            del lower_II
             identity_II = torch.eye(len(hessian_II), dtype=hessian_II.dtype, device=hessian_II.device)
-            factor_II: Tensor = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
+            factor_II: Tensor = torch.linalg.solve_triangular(upper_II, identity_II, upper=True)
             return factor_II
         if damp == 1:
             raise ConfigError(

@@ -64,13 +64,13 @@ def evenly(model: Decoder) -> dict[str, Tensor]:
 def least_worthy(model: Decoder, units: Units, fisher: Tensors, count: int) -> Cut:
     """The `count` units of a block, as many of each of its groups, to cut one after another; of equals the first."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    worth_U = _worth(units, weights, fisher)
+    worth_U = worth(units, weights, fisher)
     siblings = _Siblings(_own(units, fisher), _own(units, weights)) if units.alike else None
     return Cut(units, _chosen(worth_U, siblings, units.groups, count))
 
 
-def _worth(units: Units, weights: Tensors, fisher: Tensors) -> Tensor:
-    """[U], float32."""
+def worth(units: Units, weights: Tensors, fisher: Tensors) -> Tensor:
+    """Sum of F w^2 over each unit, without what its siblings can do as well; float32 [U]."""
     worth_U = torch.zeros(units.count)
     for place in (*units.own, *units.readers):
         if place.tensor in fisher:  # balancing biases only steer

@@ -24,6 +24,7 @@ from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import cost_of
 from lineshaft.model.decoder import Decoder
+from lineshaft.model.fit import Verdict
 from lineshaft.model.folder import load_config
 from lineshaft.model.shrink import each, size_of, without
 from lineshaft.records.tokens import TokenStream
@@ -31,7 +32,8 @@ from lineshaft.text import contract
 from lineshaft.train import loop, state
 from lineshaft.train.batches import Batch, RowReader, ShuffledRows
 from lineshaft.train.objective import NextToken
-from lineshaft.train.stage import check_context, check_dense, check_room, check_tokenizer, settled, write_history
+from lineshaft.train.preflight import Training, judge_training
+from lineshaft.train.stage import check_context, check_dense, check_tokenizer, settled, write_history
 
 
 @dataclass
@@ -134,10 +136,15 @@ def _settle(config: PruneConfig, parents: Mapping[str, Artifact]) -> PruneConfig
     return config.model_copy(update={"precision": settled(config.recovery).loop.precision})
 
 
+def judge_pruning(model: ModelConfig, config: PruneConfig, room: int | None = None) -> Verdict:
+    """Does it fit here (`room`: into so many bytes): the first recovery, on nearly the whole model; gradients for worth need less."""
+    return judge_training(Training(model, config.rows, config.sequence_tokens, 1, config.precision), room, "prune")
+
+
 def _build(draft: Draft, config: PruneConfig) -> None:
     checkpoint, tokens = draft.parents["checkpoint"], draft.parents["tokens"]
     contract.check_folder(checkpoint.root)
-    check_room(load_config(checkpoint.root), config.recovery)
+    judge_pruning(load_config(checkpoint.root), config).enforce()
     model = load_checkpoint(checkpoint.root, dtype=torch.float32)
     check_dense("prune", model, checkpoint, "prune the dense checkpoint and compress the result")
     before, steps = model.config, schedule(model, config)

@@ -26,7 +26,7 @@ from lineshaft.train.batches import IGNORE, Batch
 Damage = dict[str, dict[str, float]]
 """Unit to format to nats a predicted token."""
 
-_ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 256
 """Rows of chances that are held in float64 at a time."""
 
 
@@ -121,8 +121,8 @@ def _first_layer(model: Decoder, unit: Unit) -> int:
 def _divergence(before_RV: Tensor, after_RV: Tensor) -> float:
     """Summed over rows, in float64: what is left of the difference of float32 logarithms would be mostly noise."""
     total = 0.0
-    for first in range(0, len(before_RV), _ROWS_AT_ONCE):
-        p, q = (F.log_softmax(logits[first : first + _ROWS_AT_ONCE].double(), -1) for logits in (before_RV, after_RV))
+    for first in range(0, len(before_RV), ROWS_AT_ONCE):
+        p, q = (F.log_softmax(logits[first : first + ROWS_AT_ONCE].double(), -1) for logits in (before_RV, after_RV))
         total += float(F.kl_div(q, p, reduction="sum", log_target=True))
     return total
 

@@ -71,7 +71,7 @@ class Inputs:
             self._sample.append(x_TI[-self.tokens % self._stride :: self._stride].to(torch.float32, copy=True))
         self.tokens += len(x_TI)
         while self._sample is not None and sum(map(len, self._sample)) > SAMPLE:
-            self._sample = [torch.cat(self._sample)[::2]]
+            self._sample = [torch.cat(self._sample)[::2].clone()]  # a view would keep all of it in memory
             self._stride *= 2
 
 
@@ -88,9 +88,10 @@ def watching(linears: Mapping[str, Linear], wanted: Wanted) -> Iterator[dict[str
         if last[0] is x_TI and seen.get(name, last[1]) is last[1]:
             seen[name] = last[1]
             return
-        found = seen.setdefault(name, Inputs(x_TI.shape[-1], wanted))
-        found.add(x_TI)
-        last[:] = x_TI, found
+        if name not in seen:
+            seen[name] = Inputs(x_TI.shape[-1], wanted)
+        seen[name].add(x_TI)
+        last[:] = x_TI, seen[name]
 
     hooks = [linear.register_forward_pre_hook(_hook(note, name)) for name, linear in linears.items()]
     try:

@@ -35,6 +35,11 @@ class Surroundings:
         return torch.where(self.batch.targets_T == IGNORE, self.batch.tokens_T, self.batch.targets_T)
 
 
+def rows_at_once(row_tokens: int) -> int:
+    """Rows of a batch, of so many tokens each."""
+    return max(min(TOKENS_AT_ONCE // row_tokens, ROWS_AT_ONCE), 1)
+
+
 def calibration_rows(tokens: Artifact, config: CalibrationConfig, model: ModelConfig) -> list[Surroundings]:
     """Batches of rows, ROWS_AT_ONCE and TOKENS_AT_ONCE at most. Raises TrainingError where the text has not even one row."""
     reader = RowReader(TokenStream(tokens, "train"), config.sequence_tokens)
@@ -43,7 +48,7 @@ def calibration_rows(tokens: Artifact, config: CalibrationConfig, model: ModelCo
         told = f"{tokens.id} has {count} rows of {config.sequence_tokens} tokens, {config.sequences} were asked for"
         say(f"calibration: {told}: all are used")
     chosen = ShuffledRows(reader, 1, config.seed).rows(0, count)
-    at_once = max(min(TOKENS_AT_ONCE // config.sequence_tokens, ROWS_AT_ONCE), 1)
+    at_once = rows_at_once(config.sequence_tokens)
     batches = (reader.batch(chosen[first : first + at_once]) for first in range(0, count, at_once))
     return [_surrounded(batch, model) for batch in batches]
 

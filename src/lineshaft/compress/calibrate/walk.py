@@ -63,6 +63,7 @@ def walk(model: Decoder, rows: list[Surroundings], method: Method, folder: Path)
             seen = part.observe(hidden, rows, watched, method.wanted, advance=not method.changes_outputs)
             found = method.treat(part, seen)
             missed = sorted(watched.keys() - seen.keys())
+            del seen  # Hessians are large, and the next part's come before this name is bound anew
             if method.changes_outputs:
                 part.advance(hidden, rows)
             kept.save(folder, number, _tensors(part), found, missed, hidden)
