@@ -25,13 +25,16 @@ from lineshaft.ops.packing import Shape
 
 SHAPES = ((2560, 1280), (1280, 1280), (7168, 1280), (1280, 3584))
 """Outputs and inputs of q, k and v together, o, gate and up together, down."""
-KINDS = ("bf16", "int8, activations 8 bits", "int8", "int4 of 128, activations 8 bits", "int4 of 128")
+KINDS = ("bf16", "int8, activations 8 bits", "int8", "int4 of 128, activations 8 bits", "int4 of 128", "fp8 of 128")
 Packed = tuple[Shape, Tensor]
 
 
 def packed(kind: str, outputs: int, inputs: int) -> Packed:
     if kind == "bf16":
         made = packing.pack_dense(torch.randn(outputs, inputs).bfloat16())
+    elif kind.startswith("fp8"):
+        blocks = torch.rand(-(-outputs // 128), inputs // 128)
+        made = packing.pack_fp8(torch.randn(outputs, inputs).to(torch.float8_e4m3fn), blocks, (128, 128))
     else:
         bits, group = (8, inputs) if kind.startswith("int8") else (4, 128)
         codes = torch.randint(2**bits, (outputs, inputs), dtype=torch.uint8)

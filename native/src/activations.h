@@ -22,7 +22,7 @@ struct Layout {
     int64_t tiles(int64_t tokens) const { return (tokens + tile - 1) / tile; }
 };
 
-/// Are codes multiplied as pairs of bf16? They and activations in bf16 are exact in it.
+/// Are codes, FP8 among them, multiplied as pairs of bf16? They and activations in bf16 are exact in it.
 inline bool in_pairs(const Linear& l) { return Lanes::kDotBf16 && l.activation == Activation::bf16 && l.shape.scale_inputs && !l.whole; }
 
 /// 32-bit words of a token's packed activations.
@@ -41,20 +41,26 @@ inline Layout layout_for(const Linear& l, void* scratch, int64_t tile) {
     return s;
 }
 
-/// One token in 8 bits: q = round(x / scale), scale = max|x| / 127. Words go to every `step`-th place from `to` on, sums to every `sum_step`-th.
-inline void round_token(const Linear& l, const void* x, const Layout& s, int64_t step, uint32_t* to, float* scale, int64_t sum_step, int32_t* sums) {
-    const int64_t inputs = l.shape.inputs, group = l.shape.scale_inputs;
+/// The scale of a token in 8 bits: max|x| / 127, or that of all tokens; no number where the token holds one that is none or infinite.
+inline float scale_of(const Linear& l, const void* x) {
     auto limit = Lanes::set1(0.0f), nothing = limit;
-    for (int64_t i = 0; i < inputs; i += 16) {
-        const auto value = read_some(l.activation, x, i, inputs - i);
+    for (int64_t i = 0; i < l.shape.inputs; i += 16) {
+        const auto value = read_some(l.activation, x, i, l.shape.inputs - i);
         limit = Lanes::max(limit, Lanes::max(value, Lanes::sub(Lanes::set1(0.0f), value)));
         nothing = Lanes::fma(value, Lanes::set1(0.0f), nothing);  // max loses a NaN; this is one after any, and after infinity
     }
-    const float step_size = Lanes::largest(limit) / 127.0f, spoilt = Lanes::sum(nothing);
-    *scale = spoilt != spoilt ? spoilt : step_size > 0 ? step_size : 1.0f;
-    const auto width = Lanes::set1(*scale), most = Lanes::set1(127.0f), least = Lanes::set1(-127.0f);
+    const float found = Lanes::largest(limit) / 127.0f, spoilt = Lanes::sum(nothing);
+    return spoilt != spoilt ? spoilt : l.input_scale > 0 ? l.input_scale : found > 0 ? found : 1.0f;
+}
+
+/// One token in 8 bits: q = round(x / scale), to -127 where the scale is the token's own, else to -128. Words go to every `step`-th place
+/// from `to` on, sums to every `sum_step`-th.
+inline void round_token(const Linear& l, const void* x, const Layout& s, int64_t step, uint32_t* to, float* scale, int64_t sum_step, int32_t* sums) {
+    const int64_t group = l.shape.scale_inputs;
+    *scale = scale_of(l, x);
+    const auto width = Lanes::set1(*scale), most = Lanes::set1(127.0f), least = Lanes::set1(l.input_scale > 0 ? -128.0f : -127.0f);
     for (int64_t g = 0; g < s.scales; g++) {
-        auto sum = Lanes::set1(0.0f);  // of whole numbers: exact as long as a group has fewer than 2^24 / 127 inputs
+        auto sum = Lanes::set1(0.0f);  // of whole numbers: exact as long as a group has at most 2^24 / 128 inputs
         for (int64_t i = g * group; i < (g + 1) * group; i += 16) {
             const int64_t count = std::min<int64_t>(16, (g + 1) * group - i);
             const auto q = Lanes::min(Lanes::max(Lanes::round(Lanes::div(read_some(l.activation, x, i, count), width)), least), most);

@@ -106,6 +106,24 @@ struct DotW8 {
     }
 };
 
+/// Byte J of each lane as a number of e4m3: exponent and mantissa where a float32 has them, times what its exponent counts from more. Exact,
+/// numbers below 2^-6 included; 0x7f and 0xff, which are none, never get here (ops/packing.py).
+template <int J>
+inline Lanes::F fp8_byte(Lanes::I x) {
+    const Lanes::I up = Lanes::template shift_left<24 - 8 * J>(x);
+    const Lanes::I size = Lanes::template shift_right<4>(Lanes::and_int(up, Lanes::set1_int(0x7f000000)));
+    const Lanes::I sign = Lanes::and_int(up, Lanes::set1_int(int32_t(0x80000000)));
+    return Lanes::mul(Lanes::as_float(Lanes::xor_int(size, sign)), Lanes::set1(0x1p120f));
+}
+
+/// FP8 weights and float32 activations: four inputs a row.
+struct DotF8 : DotW8 {
+    static W weights(const uint8_t* p) {
+        const auto all = Lanes::load_int(p);
+        return {{fp8_byte<0>(all), fp8_byte<1>(all), fp8_byte<2>(all), fp8_byte<3>(all)}};
+    }
+};
+
 /// 4-bit weights, taken as code - 8, and float32 activations: eight inputs a row, those in the low halves of the bytes first.
 struct DotW4 {
     using Acc = Lanes::F;
@@ -162,6 +180,14 @@ struct DotW8Pairs : DotCodedPairs<2> {
         const auto all = Lanes::xor_int(Lanes::load_int(p), Lanes::set1_int(int32_t(0x80808080)));  // code - 128
         return {{Lanes::pair(Lanes::template signed_byte<0>(all), Lanes::template signed_byte<1>(all)),
                  Lanes::pair(Lanes::template signed_byte<2>(all), Lanes::template signed_byte<3>(all))}};
+    }
+};
+
+/// FP8 weights: four inputs a row. They have fewer bits than bf16 and no larger exponents.
+struct DotF8Pairs : DotCodedPairs<2> {
+    static W weights(const uint8_t* p) {
+        const auto all = Lanes::load_int(p);
+        return {{Lanes::pair(fp8_byte<0>(all), fp8_byte<1>(all)), Lanes::pair(fp8_byte<2>(all), fp8_byte<3>(all))}};
     }
 };
 

@@ -8,7 +8,7 @@ struct Linear {
     Shape shape;
     const uint8_t* weight;     // packed
     const float* bias;         // [outputs] or null
-    bool whole;                // activations are rounded to 8 bits, one scale a token
+    bool whole;                // activations are rounded to 8 bits
     Activation activation;     // of x and out
     const void* x;
     int64_t x_stride;          // elements from token to token
@@ -17,6 +17,7 @@ struct Linear {
     int64_t tokens;
     const int32_t* rows = nullptr;  // which rows of x; null: the first ones
     bool wide = false;              // out is float32 whatever x is
+    float input_scale = 0;          // of activations in 8 bits, the same for all tokens; 0: found from each token
 };
 
 struct Norm {

@@ -111,7 +111,7 @@ struct Lanes {
     /// acc += four unsigned bytes of w times four signed bytes of a, in each lane.
     static I dot_bytes(I acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
 #ifdef LINESHAFT_DOT_BF16
-    /// Pairs of bf16 of two whole numbers in [-256, 256] each.
+    /// Pairs of bf16 of two numbers that bf16 holds.
     static I pair(F low, F high) { return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high)); }
     /// Pairs of bf16 of the four bits from bit N on of each half of a word, minus 8: a permutation reads the low five bits of its
     /// index, so the table stands there twice.

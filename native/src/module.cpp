@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -33,11 +34,12 @@ const Kernels& named(const std::string& name) {
 }
 
 void linear(int kind, int64_t inputs, int64_t outputs, int64_t scale_inputs, bool zeros, uintptr_t weight, uintptr_t bias, bool whole, int activation,
-            uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t tokens, bool wide) {
+            uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t tokens, bool wide, float input_scale) {
     const Linear l{shape_of(kind, inputs, outputs, scale_inputs, zeros), at<const uint8_t>(weight), at<const float>(bias), whole,
-                   Activation(activation), at<const void>(x), x_stride, at<void>(out), out_stride, tokens, nullptr, wide};
+                   Activation(activation), at<const void>(x), x_stride, at<void>(out), out_stride, tokens, nullptr, wide, input_scale};
     step::reserve(size_t(tokens) * size_t(inputs + l.shape.scales() + 1) * 4);
-    const step::Contents packed{int64_t(x), x_stride, activation, kind, inputs, scale_inputs, zeros, 1 + int64_t(whole)};
+    const step::Contents packed{int64_t(x), x_stride, activation, kind, inputs, scale_inputs, zeros, 1 + int64_t(whole),
+                                int64_t(std::bit_cast<int32_t>(input_scale))};
     if (!step::holds(packed))  // else another weight, such as that of keys after that of queries, met the same activations
         step::perform(tokens, inputs, [l](int64_t now, int part, int parts) {
             Linear own = l;

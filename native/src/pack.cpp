@@ -33,8 +33,8 @@ void pack_coded(const Kernels& table, const Shape& shape, const uint8_t* codes, 
                 }
                 part += shape.header_bytes();
                 const uint8_t* from = codes + first * shape.inputs + s * shape.scale_inputs;
-                if (shape.kind == Weight::int8) table.lay_words(from, shape.inputs, outputs, rows, part);
-                else table.lay_halves(from, shape.inputs, outputs, rows, part);
+                if (shape.kind == Weight::int4) table.lay_halves(from, shape.inputs, outputs, rows, part);
+                else table.lay_words(from, shape.inputs, outputs, rows, part);
                 part += rows * kRowBytes;
             }
         }

@@ -53,7 +53,7 @@ void reserve(size_t bytes);
 void* scratch();
 
 /// What the scratch holds after a call, for one that is recorded next and would put the same there.
-using Contents = std::array<int64_t, 8>;
+using Contents = std::array<int64_t, 9>;
 void left(const Contents& contents);
 bool holds(const Contents& contents);
 

@@ -64,19 +64,21 @@ struct Case {
         }
         std::vector<uint8_t> codes(static_cast<size_t>(numbers)), zeros(static_cast<size_t>(s.outputs * s.scales()));
         std::vector<float> scales(zeros.size());
-        for (int64_t i = 0; i < numbers; i++) codes[size_t(i)] = uint8_t(whole(i + 2, s.kind == Weight::int8 ? 256 : 16));
+        const uint8_t fp8[] = {0x38, 0x40, 0x44, 0xb8, 0x00, 0xc0, 0x30, 0x08, 0x84};  // 1, 2, 3, -1, 0, -2, 1/2, 1/64, -1/128 (a small one)
+        for (int64_t i = 0; i < numbers; i++)
+            codes[size_t(i)] = s.kind == Weight::fp8 ? fp8[whole(i + 2, 9)] : uint8_t(whole(i + 2, s.kind == Weight::int8 ? 256 : 16));
         for (size_t i = 0; i < zeros.size(); i++) zeros[i] = uint8_t(whole(int64_t(i) + 3, 16)), scales[i] = float(1 << whole(int64_t(i), 3));
         pack_coded(kScalar, s, codes.data(), scales.data(), zeros.data(), weight.get(), 1);
     }
 
     std::vector<float> product(const Kernels& table, int64_t tokens) const {
-        const bool coded = shape.scale_inputs;
+        const bool coded = shape.scale_inputs, rounded = coded && shape.kind != Weight::fp8;
         std::vector<float> out(static_cast<size_t>(tokens * shape.outputs));
         std::vector<uint16_t> narrow(out.size());
-        const Linear l{shape, weight.get(), nullptr, coded, coded ? Activation::f32 : Activation::bf16,
+        const Linear l{shape, weight.get(), nullptr, rounded, coded ? Activation::f32 : Activation::bf16,
                        coded ? static_cast<const void*>(singles.get()) : pairs.get(), shape.inputs,
                        coded ? static_cast<void*>(out.data()) : narrow.data(), shape.outputs, tokens};
-        const auto scratch = memory<uint32_t>(tokens * packed_words(shape, coded));
+        const auto scratch = memory<uint32_t>(tokens * packed_words(shape, rounded));
         table.pack(l, scratch.get(), 0, 1);
         table.linear(l, scratch.get(), 0, 1);
         for (size_t i = 0; i < out.size() && !coded; i++) out[i] = float(narrow[i]);
@@ -85,7 +87,7 @@ struct Case {
 };
 
 std::string told(const Shape& s, int64_t tokens) {
-    static const char* const kinds[] = {"float32", "bf16", "int8", "int4"};
+    static const char* const kinds[] = {"float32", "bf16", "int8", "int4", "FP8"};
     std::string text = kinds[int(s.kind)];
     if (s.scale_inputs && s.scale_inputs < s.inputs) text += " in groups of " + std::to_string(s.scale_inputs);
     return text + ", " + std::to_string(s.inputs) + " inputs, " + std::to_string(tokens) + (tokens == 1 ? " token" : " tokens");
@@ -100,6 +102,7 @@ std::string difference(const Kernels& table) {
         {Weight::int8, 256, kOutputs, 128, false},
         {Weight::int4, 512, kOutputs, 512, true},     // more tiles than a chunk
         {Weight::int4, 128, kOutputs, 32, false},
+        {Weight::fp8, 256, kOutputs, 128, false},
     };
     for (const Shape& shape : shapes) {
         const Case made(shape);

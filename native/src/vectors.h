@@ -73,15 +73,21 @@ void unpack_pairs(const uint8_t* rows, int64_t count, uint8_t* to) {
             for (int j = 0; j < Dot::kWords; j++) Lanes::store_int(to + j * kRowBytes + b, made.pairs[j]);
         }
 }
+
+template <class Dot>
+Way pairs_way(bool several) {
+    return several ? Way{take_for<DotBf16, true>, unpack_pairs<Dot>, Dot::kWords} : Way{take_for<Dot, true>, nullptr, Dot::kWords};
+}
 #endif
 
 inline Way way_of(const Linear& l, bool several) {
 #ifdef LINESHAFT_DOT_BF16
     if (in_pairs(l)) {
-        const bool bytes = l.shape.kind == Weight::int8;
-        if (several) return {take_for<DotBf16, true>, bytes ? unpack_pairs<DotW8Pairs> : unpack_pairs<DotW4Pairs>, bytes ? DotW8Pairs::kWords : DotW4Pairs::kWords};
-        return bytes ? Way{take_for<DotW8Pairs, true>, nullptr, DotW8Pairs::kWords}
-                     : Way{take_for<DotW4Pairs, true>, nullptr, DotW4Pairs::kWords};
+        switch (l.shape.kind) {
+            case Weight::int8: return pairs_way<DotW8Pairs>(several);
+            case Weight::fp8: return pairs_way<DotF8Pairs>(several);
+            default: return pairs_way<DotW4Pairs>(several);
+        }
     }
 #else
     (void)several;
@@ -89,6 +95,7 @@ inline Way way_of(const Linear& l, bool several) {
     switch (l.shape.kind) {
         case Weight::f32: return {take_for<DotF32, false>, nullptr, DotF32::kWords};
         case Weight::bf16: return {take_for<DotBf16, false>, nullptr, DotBf16::kWords};
+        case Weight::fp8: return {take_for<DotF8, true>, nullptr, DotF8::kWords};
         case Weight::int8: return l.whole ? Way{take_for<DotI8, true>, nullptr, DotI8::kWords} : Way{take_for<DotW8, true>, nullptr, DotW8::kWords};
         default: return l.whole ? Way{take_for<DotI4, true>, nullptr, DotI4::kWords} : Way{take_for<DotW4, true>, nullptr, DotW4::kWords};
     }

@@ -17,28 +17,18 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from calling import call
 from tiny_line import STEPS, Line, command, environment, lineshaft, write_recipe
 from typer.testing import CliRunner
 
-from lineshaft.base.errors import LineshaftError
 from lineshaft.base.store import Store
 from lineshaft.cli.main import app
 from lineshaft.pipeline.recipe import Recipe
 from lineshaft.records.report import read_report
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
-COMMANDS = ("run", "serve", "bench", "show", "verify", "check", "schema")
+COMMANDS = ("run", "serve", "bench", "compare", "show", "verify", "check", "schema")
 COMMANDS += ("data", "tokenizer", "tokens", "train", "finetune", "compress", "evaluate", "adopt")
-
-
-def call(*args: str | Path) -> tuple[int, str]:
-    """Exit code and stdout of a command run inside this process; for a refusal its code and message."""
-    done = CliRunner().invoke(app, [str(arg) for arg in args], prog_name="lineshaft", env=environment())
-    if isinstance(done.exception, LineshaftError):
-        return done.exception.exit_code, str(done.exception)
-    if done.exception and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done.exit_code, done.output if done.exit_code else done.stdout
 
 
 @pytest.fixture
@@ -76,6 +66,7 @@ def test_a_refusal_is_one_message_on_stderr_with_its_exit_code_and_no_traceback(
         (["data", "--source", "nowhere"], 3, "nowhere: no such file or folder"),
         (["data", "--heldout-share", "2"], 2, '"heldout_share"'),
         (["data", "--heldout-share", "a lot"], 2, '"heldout_share".*number'),
+        (["compare", "one", "other"], 4, '"one": no folder of a report, and there is no store'),
         (["tokenizer", "nothing"], 4, '"nothing": no artifact or reference of that name'),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

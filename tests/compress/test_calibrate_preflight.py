@@ -18,6 +18,8 @@ from lineshaft.compress import calibrated
 from lineshaft.compress.calibrate.rows import Surroundings, rows_at_once
 from lineshaft.compress.calibrate.walk import walk
 from lineshaft.compress.calibrate_preflight import METHODS, Calibrating, calibrate_memory, judge_calibrating
+from lineshaft.compress.layers import routed
+from lineshaft.compress.methods import Static
 from lineshaft.compress.steps import STEPS
 from lineshaft.model import fit
 from lineshaft.model.attend import PackedCausal
@@ -51,6 +53,8 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("awq", "deepseek", "float32", CODES | {"points": 2}),
     ("awq", "mixtral", "bfloat16", CODES | {"points": 2, "clip": False}),
     ("smooth", "llama", "float32", {}),
+    ("static", "llama", "float32", {"proof_nats": 100.0}),
+    ("static", "mixtral", "bfloat16", {"proof_nats": 100.0}),
     ("smooth", "deepseek", "bfloat16", {}),
 ]
 
@@ -100,11 +104,12 @@ def test_a_walk_holds_what_is_counted(
     apart = {"chances on the golden text", "holes in the heap", text}
     phases = {name: terms for name, terms in memory.phases.items() if not name.startswith("proof")}
     counted = masks + max(sum(size for what, size in terms.items() if what not in apart) for terms in phases.values())
-    got = held(model, rows, METHODS[step](config), tmp_path / "scratch")
+    method = Static(config, routed(model)) if step == "static" else METHODS[step](config)
+    got = held(model, rows, method, tmp_path / "scratch")
     # Tokens are taken to be shared alike by experts, masks to be needed, and all moments of a part to be as dear as the dearest.
     assert counted * 0.72 <= got <= counted * 1.04
     if name == "llama" and dtype == "float32":
-        assert got == pytest.approx(counted, rel=0.02)
+        assert got == pytest.approx(counted, rel=0.03 if step == "static" else 0.02)  # its histograms are numpy's
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -68,12 +68,37 @@ def test_logits_are_ours(name: str, group: int | None, compressed: Callable[...,
     assert agree(logits_of(ours, prompt(20)), loaded(folder).logits(prompt(20)))
 
 
+@pytest.mark.parametrize("group", FORMS)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_with_the_head_compressed_as_well_they_are_ours(name: str, group: int | None, tmp_path: Path) -> None:
+    written_by_transformers(name, tmp_path / "hf")
+    model = load_checkpoint(tmp_path / "hf")
+    assert "lm_head" in compress(model, CompressConfig(group=group, skip=[]))
+    save_checkpoint(model, tmp_path / "out", tmp_path / "hf")
+    assert agree(logits_of(model, prompt(20)), loaded(tmp_path / "out").logits(prompt(20)))
+
+
 @pytest.mark.parametrize("step", ["gptq", "awq"])
 @pytest.mark.parametrize("shape", ["llama", "qwen3"])
 def test_what_calibration_made_loads_as_well(shape: str, step: str, tmp_path: Path) -> None:
     made = line(tmp_path / "store", shape).compress(step, bits=4, group=8, **ROWS)
     text = [token % letter_line.VOCABULARY for token in prompt(20)]
     assert agree(logits_of(load_checkpoint(made.root), text), loaded(made.root).logits(text))
+
+
+@pytest.mark.parametrize("range_", ["minmax", "mse"])
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+def test_with_one_scale_for_activations_logits_are_ours(shape: str, range_: str, tmp_path: Path) -> None:
+    """It rounds by the scale that is stored, as we do: to a tie here and there."""
+    made = line(tmp_path / "store", shape).compress("static", **ROWS, range=range_)
+    text = [token % letter_line.VOCABULARY for token in prompt(20)]
+    model = load_checkpoint(made.root)
+    mine = logits_of(model, text)
+    assert agree(mine, loaded(made.root).logits(text), 2e-3)
+    for linear in model.linears().values():
+        if isinstance(linear.format, Integer):
+            linear.format = replace(linear.format, activations=None)
+    assert (logits_of(model, text) - mine).norm() > 5e-3 * mine.norm()
 
 
 @pytest.mark.parametrize("group", FORMS)

@@ -104,6 +104,20 @@ def test_merges_stay_inside_words_and_three_digits():
     assert not any(" " in token[1:] or sum(map(str.isdigit, token)) > 3 for token in found)
 
 
+@pytest.mark.parametrize("cut", ["llama3", "qwen2", "deepseek3"])
+def test_a_published_way_of_cutting_is_followed_and_loses_nothing(cut: str, tmp_path):
+    texts = ["in 12345678 of the machines, 机器学习 of the machines; it's\r\n\tthe end."] * 50
+    (tmp_path / "tokenizer.json").write_text(train(iter(texts), load(TokenizerConfig, {"vocab_size": 400, "cut": cut})).to_str())
+    ours = Tokenizer((tmp_path / "tokenizer.json").read_text())
+    pieces = [ours.token_bytes()[number].decode(errors="ignore") for number in ours.encode(texts[0])]
+    assert "".join(pieces) == texts[0]
+    digits = [piece for piece in pieces if piece.isdigit()]
+    assert digits == (list("12345678") if cut == "qwen2" else ["123", "456", "78"])
+    assert ("机器学习" if cut == "deepseek3" else " 机器学习") in pieces
+    assert " machines" in pieces
+    assert not any("\r" in piece and "\t" in piece for piece in pieces)
+
+
 def test_a_small_text_gives_a_smaller_vocabulary_and_says_so(tmp_path, corpus, capsys: pytest.CaptureFixture[str]):
     made = TRAIN_TOKENIZER(Store(tmp_path), TokenizerConfig(vocab_size=4000), corpus=corpus)
     assert 259 < made.manifest.facts["vocab_size"] < 4000

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from lineshaft.base.config import load
 from lineshaft.base.errors import ConfigError, EngineError
 from lineshaft.base.store import Artifact
 from lineshaft.engine.config import EngineConfig
-from lineshaft.evaluate.speed import SpeedConfig, measure, quantile
+from lineshaft.evaluate.speed import WRITTEN_AT_ONCE, Job, SpeedConfig, measure, quantile
 
 WORKLOAD = SpeedConfig(prompt_tokens=8, output_tokens=4, requests=3, batch=5)
 PROMPTS = [[2 + (n + place) % 26 for place in range(8)] for n in range(5)]
 
 
+def job(folder: Path, **changes: object) -> Job:
+    return Job(folder=str(folder), workload=WORKLOAD, engine=EngineConfig(), prompts=PROMPTS).model_copy(update=changes)
+
+
 def test_a_workload_is_measured(parents: dict[str, Artifact]) -> None:
-    speed = measure(parents["checkpoint"].root, WORKLOAD, EngineConfig(), PROMPTS)
+    speed = measure(job(parents["checkpoint"].root))
     assert len(speed.first_token) == len(speed.latency) == 3
     assert all(0 < first < last < 30 for first, last in zip(speed.first_token, speed.latency, strict=True))
     assert 0 < speed.batch_seconds < 30
@@ -31,15 +39,35 @@ def test_a_workload_is_measured(parents: dict[str, Artifact]) -> None:
     assert speed.threads >= 1
 
 
+def greedy(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """What transformers writes, 40 tokens or up to an end token."""
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return [theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, 3:].tolist() for prompt in prompts]
+
+
+def test_texts_are_the_greedy_ones_of_transformers_and_end_where_the_model_does(parents: dict[str, Artifact], tmp_path: Path) -> None:
+    """More prompts than go in at once; a letter that about half of the texts hold becomes the end token."""
+    folder = shutil.copytree(parents["checkpoint"].root, tmp_path / "ending")
+    prompts = [[0, 2 + first, 2 + (5 * first + step) % 26] for first in range(26) for step in range(3)]
+    assert len(prompts) > WRITTEN_AT_ONCE
+    endless = greedy(folder, prompts)
+    end = min(range(2, 28), key=lambda letter: abs(sum(letter in text for text in endless) - len(endless) / 2))
+    (folder / "manifest.json").unlink()  # a plain folder now, free to change
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": end}))
+    answers = measure(job(folder, written=prompts, most_written=40)).answers
+    assert [answer.ids for answer in answers] == greedy(folder, prompts)
+    assert {(answer.finish, answer.ids[-1] == end) for answer in answers} == {("stop", True), ("length", False)}
+
+
 def test_a_large_parent_does_not_count(parents: dict[str, Artifact]) -> None:
     code = (
         "import sys\n"
-        "from pathlib import Path\n"
         "from lineshaft.engine.loop import EngineConfig\n"
-        "from lineshaft.evaluate.speed import SpeedConfig, measure\n"
+        "from lineshaft.evaluate.speed import Job, SpeedConfig, measure\n"
         "def peak():\n"
         "    work = SpeedConfig(requests=1, batch=1, output_tokens=2)\n"
-        "    return measure(Path(sys.argv[1]), work, EngineConfig(), [[2]]).peak_memory_bytes\n"
+        "    return measure(Job(folder=sys.argv[1], workload=work, engine=EngineConfig(), prompts=[[2]])).peak_memory_bytes\n"
         "small = peak()\n"
         "ballast = b'x' * (200 << 20)\n"
         "print(small, peak(), len(ballast))\n"
@@ -51,7 +79,7 @@ def test_a_large_parent_does_not_count(parents: dict[str, Artifact]) -> None:
 
 def test_a_folder_that_can_not_be_loaded_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"measuring .* failed: .*: no config.json here; a checkpoint is a Hugging Face folder") as failed:
-        measure(tmp_path, WORKLOAD, EngineConfig(), PROMPTS)
+        measure(job(tmp_path))
     assert "\n" not in str(failed.value)
     assert "lineshaft.base.errors" not in str(failed.value)
 
@@ -59,7 +87,7 @@ def test_a_folder_that_can_not_be_loaded_is_told_in_one_line(tmp_path: Path) -> 
 def test_a_process_that_dies_without_a_word_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(EngineError, match="its process ended with status 1 and said nothing"):
-        measure(tmp_path, WORKLOAD, EngineConfig(), PROMPTS)
+        measure(job(tmp_path))
 
 
 def test_one_token_has_no_speed_of_decoding() -> None:

@@ -119,11 +119,13 @@ def exact_paged_chosen_mla(q: Tensor, q_rope: Tensor, pages: Tensor, places: Ten
     return dense(torch.cat([q, q_rope], -1), entries, entries[..., : q.shape[-1]], chosen.numpy(), scale)
 
 
-def exact_packed_linear(x: Tensor, packed: Tensor, shape: Shape, bias: Tensor | None, whole: bool, _wide: bool) -> Tensor:
+def exact_packed_linear(
+    x: Tensor, packed: Tensor, shape: Shape, bias: Tensor | None, whole: bool, _wide: bool, input_scale: float
+) -> Tensor:
     codes, zero, scale = (torch.from_numpy(part) for part in native_cases.read(packed, shape))
     if not whole:
         return exact_linear(x, (codes - zero) * scale, bias)
-    q, step = rounded_to_bytes(x)
+    q, step = rounded_to_bytes(x, input_scale)
     return torch.einsum("ti,oi->to", q.double(), (codes - zero) * scale) * step + (0 if bias is None else bias)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lineshaft.ops.formats import Integer
+from lineshaft.ops.quantization import to_quantization_config
 
 KINDS = [
     Integer(8),
@@ -23,6 +28,17 @@ def integers(draw: st.DrawFn, activations: str | None = None) -> Integer:
     """One of them, by channels or by groups."""
     kind, group = draw(st.sampled_from(KINDS)), draw(st.sampled_from(GROUPS))
     return Integer(kind.bits, group, kind.symmetric, activations, kind.packing)
+
+
+def scheme_of(fmt: Integer) -> QuantizationScheme:
+    """As compressed-tensors reads what we write."""
+    config = to_quantization_config({"a": fmt})
+    assert config is not None
+    return QuantizationScheme(**config["config_groups"]["group_0"])
+
+
+def compressor_of(fmt: Integer) -> Any:
+    return BaseCompressor.get_value_from_registry(fmt.packing)
 
 
 def codes_of(words: Tensor, bits: int) -> list[list[int]]:
@@ -49,17 +65,22 @@ def exact_linear_int(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | Non
     return torch.einsum("ti,oi->to", x, exact_weight(codes, scale, zero, bits)) + (0 if bias is None else bias)
 
 
-def exact_linear_int_a8(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, bias: Tensor | None) -> Tensor:
+def exact_linear_int_a8(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, bias: Tensor | None, input_scale: float
+) -> Tensor:
     """Rounded by float32's numbers, then summed as whole numbers."""
-    q, step = rounded_to_bytes(x)
+    q, step = rounded_to_bytes(x, input_scale)
     q_TGI, codes_OGI = (each.unflatten(1, (scale.shape[1], -1)) for each in (q, exact_codes(codes, scale, zero, bits)))
     dots = torch.einsum("tgi,ogi->tog", q_TGI, codes_OGI)
     return (dots.double() * scale.double()).sum(-1) * step + (0 if bias is None else bias)
 
 
-def rounded_to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers from -127 to 127 and their scale, one a token, in float64."""
+def rounded_to_bytes(x: Tensor, input_scale: float) -> tuple[Tensor, Tensor]:
+    """Whole numbers and their scale, one a token or, unless it is zero, `input_scale`, in float64."""
     single = x.numpy().astype(np.float32)
+    if input_scale:
+        step = np.full((len(single), 1), input_scale, np.float32)
+        return torch.from_numpy(np.clip(np.rint(single / step), -128, 127)).long(), torch.from_numpy(step).double()
     step = np.abs(single).max(1, keepdims=True) / np.float32(127)
     step = np.where(step == 0, np.float32(1), step)
     return torch.from_numpy(np.clip(np.rint(single / step), -127, 127)).long(), torch.from_numpy(step).double()

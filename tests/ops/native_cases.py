@@ -61,11 +61,23 @@ def integers(draw: st.DrawFn, kind: str) -> Integers:
 
 
 @st.composite
+def blocks(draw: st.DrawFn) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """FP8 weights of any number there is, the smallest ones too, their scales, and the block that shares one."""
+    luck = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    outputs, groups, block = draw(st.integers(1, 150)), draw(st.integers(1, 4)), (draw(st.integers(1, 160)), 4 * draw(st.integers(1, 9)))
+    codes = torch.randint(127, (outputs, groups * block[1]), dtype=torch.uint8, generator=luck)
+    codes |= torch.randint(2, codes.shape, dtype=torch.uint8, generator=luck) << 7
+    return codes.view(torch.float8_e4m3fn), torch.rand(-(-outputs // block[0]), groups, generator=luck) / 100, block
+
+
+@st.composite
 def weights(draw: st.DrawFn, kind: str, dtype: torch.dtype) -> tuple[Shape, Tensor]:
-    """Packed: "dense" as `dtype`, or "int8" or "int4"."""
+    """Packed: "dense" as `dtype`, "int8", "int4" or "float8"."""
     if kind == "dense":
         luck = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
         made = packing.pack_dense(torch.randn(draw(st.integers(1, 150)), 4 * draw(st.integers(1, 30)), generator=luck).to(dtype))
+    elif kind == "float8":
+        made = packing.pack_fp8(*draw(blocks()))
     else:
         made = packing.pack_coded(draw(integers(kind)), 8 if kind == "int8" else 4)
     assert made is not None
@@ -74,7 +86,7 @@ def weights(draw: st.DrawFn, kind: str, dtype: torch.dtype) -> tuple[Shape, Tens
 
 def read(packed: Tensor, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes (or the dense weight), zeros and scales, each float64 [O, I], from the places that native/src/packed.h names."""
-    raw, wide = packed.numpy(), {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}[shape.kind]
+    raw, wide = packed.numpy(), {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8, "float8": 4}[shape.kind]
     o, i = np.arange(shape.outputs)[:, None], np.arange(shape.inputs)[None]
     inputs = shape.scale_inputs or shape.inputs
     header = 0 if not shape.scale_inputs else 64 * 4 + 64 * shape.zeros
@@ -88,6 +100,10 @@ def read(packed: Tensor, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarr
     if wide == 8:
         codes = np.where(i % 8 < 4, codes & 15, codes >> 4)
     scale = raw[(start + o % 64 * 4)[..., None] + np.arange(4)].copy().view(np.float32)[..., 0]
+    if shape.kind == "float8":
+        power, part8 = (codes >> 3 & 15).astype(int), (codes & 7) / 8
+        sizes = np.where(power, np.ldexp(1 + part8, power - 7), np.ldexp(part8, -6))  # OCP 8-bit floating point, 1.0, section 5.2
+        return np.where(codes & 128, -sizes, sizes), np.zeros(codes.shape), scale.astype(float)
     zero = raw[start + 64 * 4 + o % 64] if shape.zeros else np.full(codes.shape, 128 if wide == 4 else 8)
     return codes.astype(float), zero.astype(float), scale.astype(float)
 

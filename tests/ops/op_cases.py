@@ -19,6 +19,8 @@ Arguments = tuple[object, ...]
 DTYPES = [torch.float32, torch.bfloat16]
 WIDTHS = [2, 6, 16, 32, 64, 66, 100, 128, 130]
 """Of coded entries: around whole vectors and groups."""
+INPUT_SCALES = st.sampled_from([0.0, 0.005, 0.02, 0.7])
+"""Of activations in 8 bits: each token's own; one that cuts many numbers off, few, and none."""
 
 
 class Shapes(ExpertShapes):
@@ -50,7 +52,7 @@ class Shapes(ExpertShapes):
     def linear_int_a8(self) -> Arguments:
         x, *weight = self.linear_int()
         x[-1] *= self.draw(st.sampled_from([0, 1, 1e-30, 1e4]))
-        return x, *weight
+        return x, *weight, self.draw(INPUT_SCALES)
 
     def linear_fp8(self) -> Arguments:
         block, outputs, inputs = (self.size(9), self.size(9)), self.size(19), self.size(33)
@@ -178,12 +180,13 @@ class Shapes(ExpertShapes):
         return q, entries, slots, seen, (latent + rotary) ** -0.5, latent
 
     def packed_linear(self) -> Arguments:
-        kind = self.draw(st.sampled_from(["dense", "int8", "int4"]))
+        kind = self.draw(st.sampled_from(["dense", "int8", "int4", "float8"]))
         shape, packed = self.draw(native_cases.weights(kind, self.dtype))
         x = self.strided(self.draw(st.integers(0, 14)), shape.inputs)
         x[:1] *= self.draw(st.sampled_from([0, 1, 1e-30, 1e4]))
         bias = self.randn(shape.outputs, dtype=torch.float32) if self.draw(st.booleans()) else None
-        return x, packed, shape, bias, kind != "dense" and self.draw(st.booleans()), self.draw(st.booleans())
+        whole = kind.startswith("int") and self.draw(st.booleans())
+        return x, packed, shape, bias, whole, self.draw(st.booleans()), self.draw(INPUT_SCALES) if whole else 0.0
 
     def paged_attention(self) -> Arguments:
         heads, kv, width, values = self._heads()

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationScheme, QuantizationStatus
 from compressed_tensors.quantization.lifecycle.forward import dequantize, fake_quantize, forward_quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from integer_cases import GROUPS, KINDS, exact_weight, integers
+from integer_cases import GROUPS, KINDS, compressor_of, exact_weight, integers, scheme_of
 from op_cases import DTYPES, arguments
 from test_formats import KINDS as WEIGHTS
 from test_formats import weight_of
@@ -24,20 +23,8 @@ from lineshaft.base.errors import ConfigError
 from lineshaft.ops import reference, table
 from lineshaft.ops.formats import Integer
 from lineshaft.ops.integers import pack, rounded, unpack
-from lineshaft.ops.quantization import to_quantization_config
 
 SIZES = {"outputs": st.integers(1, 19), "blocks": st.integers(1, 3), "seed": st.integers(0, 10**6)}
-
-
-def scheme_of(fmt: Integer) -> QuantizationScheme:
-    """As compressed-tensors reads what we write."""
-    config = to_quantization_config({"a": fmt})
-    assert config is not None
-    return QuantizationScheme(**config["config_groups"]["group_0"])
-
-
-def compressor_of(fmt: Integer) -> Any:
-    return BaseCompressor.get_value_from_registry(fmt.packing)
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------

@@ -110,6 +110,8 @@ def weight_of(kind: str) -> tuple[packing.Shape, Tensor]:
     luck = torch.Generator().manual_seed(1)
     if kind in ("float32", "bfloat16"):
         made = packing.pack_dense(torch.randn(70, 48, generator=luck).to(getattr(torch, kind)))
+    elif kind == "float8":
+        made = packing.pack_fp8(torch.randn(70, 48, generator=luck).to(torch.float8_e4m3fn), torch.rand(2, 3, generator=luck), (64, 16))
     else:
         most = 256 if kind.startswith("int8") else 16
         codes = torch.randint(1, most, (70, 48), generator=luck, dtype=torch.uint8)
@@ -123,14 +125,20 @@ def weight_of(kind: str) -> tuple[packing.Shape, Tensor]:
 @pytest.mark.parametrize("spoilt", SPOILT)
 @pytest.mark.parametrize("place", [0, 5, 16, 47])
 @pytest.mark.parametrize(
-    ("kind", "whole"), [("float32", False), ("bfloat16", False), *((k, w) for k in ("int8", "int4", "int4 zeros") for w in (False, True))]
+    ("kind", "whole"),
+    [
+        *((kind, False) for kind in ("float32", "bfloat16", "float8")),
+        *((kind, way) for kind in ("int8", "int4", "int4 zeros") for way in (False, True, 0.05)),
+    ],
 )
-def test_a_product_hides_nothing_that_is_no_number(isa: str, kind: str, whole: bool, place: int, spoilt: float) -> None:
+def test_a_product_hides_nothing_that_is_no_number(isa: str, kind: str, whole: float, place: int, spoilt: float) -> None:
+    """`whole`: activations in 8 bits; 0.05: by this scale."""
     shape, packed = weight_of(kind)
     x = torch.randn(3, 48, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16 if kind == "bfloat16" else torch.float32)
     x[1, place] = spoilt
     with on(isa):
-        got, wanted = native.packed_linear(x, packed, shape, None, whole), reference.packed_linear(x, packed, shape, None, whole)
+        rounding = bool(whole), False, whole if isinstance(whole, float) else 0.0
+        got, wanted = native.packed_linear(x, packed, shape, None, *rounding), reference.packed_linear(x, packed, shape, None, *rounding)
     assert not got[1][~wanted[1].isfinite()].isfinite().any()
     assert got[1][wanted[1].isnan()].isnan().all()
     assert got[[0, 2]].isfinite().all()
@@ -250,9 +258,9 @@ def test_the_widest_heads_are_done() -> None:
     assert torch.equal(attention_with(q=q, keys=keys, values=keys), q)
 
 
-def product_with(x: Tensor, kind: str = "float32", whole: bool = False, bias: int = 70, size: int = 0) -> Tensor:
+def product_with(x: Tensor, kind: str = "float32", whole: bool = False, bias: int = 70, size: int = 0, scale: float = 0.0) -> Tensor:
     shape, packed = weight_of(kind)
-    return native.packed_linear(x, packed[: len(packed) - size], shape, torch.zeros(bias), whole)
+    return native.packed_linear(x, packed[: len(packed) - size], shape, torch.zeros(bias), whole, input_scale=scale)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +275,10 @@ def product_with(x: Tensor, kind: str = "float32", whole: bool = False, bias: in
         (lambda: product_with(torch.ones(2, 48), bias=64), r"the bias is \[64\], the weight has 70 outputs"),
         (lambda: product_with(torch.ones(2, 48), size=256), "takes 24576 bytes"),
         (lambda: product_with(torch.ones(2, 48), whole=True), "activations in 8 bits need a weight of whole numbers"),
+        (lambda: product_with(torch.ones(2, 48), "float8", whole=True), "activations in 8 bits need a weight of whole numbers"),
+        (lambda: product_with(torch.ones(2, 48), "int8", scale=0.1), "0.1 is no scale for activations as they are"),
+        (lambda: product_with(torch.ones(2, 48), "int8", whole=True, scale=-0.1), "-0.1 is no scale for activations in 8 bits"),
+        (lambda: product_with(torch.ones(2, 48), "int8", whole=True, scale=math.inf), "inf is no scale"),
         (lambda: native.rms_norm(torch.ones(2, 8).half(), torch.ones(8), 1e-6), "not on torch.float16"),
         (lambda: native.rms_norm(torch.ones(2, 8), torch.ones(7), 1e-6), r"x is \[2, 8\], the weight \[7\]"),
         (lambda: native.rms_norm(torch.ones(2, 8), torch.ones(8).half(), 1e-6), "not on torch.float16"),

@@ -21,6 +21,8 @@ THREADS = st.integers(1, 3)
 PRODUCTS = [
     ("dense", torch.float32, False),
     ("dense", torch.bfloat16, False),
+    ("float8", torch.float32, False),
+    ("float8", torch.bfloat16, False),
     *((kind, dtype, whole) for kind in ("int8", "int4") for dtype in (torch.float32, torch.bfloat16) for whole in (False, True)),
 ]
 
@@ -34,10 +36,11 @@ def test_a_row_of_a_product(isa: str, kind: str, dtype: torch.dtype, whole: bool
     luck = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
     x = torch.randn(data.draw(st.integers(1, 20)), shape.inputs, generator=luck).to(dtype)
     bias = torch.randn(shape.outputs, generator=luck) if data.draw(st.booleans()) else None
+    scale = data.draw(st.sampled_from([0.0, 0.02])) if whole else 0.0
 
     def product(rows: list[int]) -> Tensor:
         with on(isa, data.draw(THREADS)):
-            return native.packed_linear(x[rows], packed, shape, bias, whole)
+            return native.packed_linear(x[rows], packed, shape, bias, whole, input_scale=scale)
 
     alone = torch.cat([product([row]) for row in range(len(x))])
     for _ in range(3):

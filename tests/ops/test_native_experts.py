@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lineshaft.ops import reference, table
 from lineshaft.ops.experts import Feeds, Rule
-from lineshaft.ops.formats import Dense, Format, Integer
+from lineshaft.ops.formats import Dense, Format, Fp8Block, Integer
 from lineshaft.ops.isa import library
 from lineshaft.ops.packed import packed_heads_of, packed_of
 from lineshaft.ops.packing import pack_dense
@@ -24,6 +24,7 @@ FORMATS: list[Format] = [
     Integer(8, 8, activations="int8"),
     Integer(4, 8, symmetric=False),
     Integer(4, 8, symmetric=False, activations="int8"),
+    Fp8Block((16, 8)),
 ]
 SEEDS = st.integers(0, 10**6)
 FEW = settings(max_examples=25)

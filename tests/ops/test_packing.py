@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from native_cases import NEEDS_NATIVE, integers, on, read, same_bits
+from native_cases import NEEDS_NATIVE, blocks, integers, on, read, same_bits
 from torch import Tensor
 
 from lineshaft.ops import isa, packing
+from lineshaft.ops.fp8 import spread_blocks, unpack_fp8
 from lineshaft.ops.integers import Integers
 from lineshaft.ops.packing import Shape
 
@@ -26,10 +27,14 @@ def way(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def packed_by(way: str, weight: Tensor | Integers, bits: int = 0) -> tuple[Shape, Tensor] | None:
+def packed_by(
+    way: str, weight: Tensor | Integers, bits: int = 0, fp8: tuple[Tensor, tuple[int, int]] | None = None
+) -> tuple[Shape, Tensor] | None:
     with pytest.MonkeyPatch.context() as patch:
         if way == "pytorch":
             patch.setattr(packing, "library", lambda: None)
+        if fp8 is not None:
+            return packing.pack_fp8(weight, *fp8)
         return packing.pack_coded(weight, bits) if isinstance(weight, Integers) else packing.pack_dense(weight)
 
 
@@ -56,19 +61,40 @@ def test_codes_come_back(way: str, kind: str, data: st.DataObject) -> None:
     assert shape.zeros == bool((weight.zero_OG != (128 if kind == "int8" else 8)).any())
 
 
+@given(data=st.data())
+def test_fp8_comes_back(way: str, data: st.DataObject) -> None:
+    weight, scale, block = data.draw(blocks())
+    shape, packed = packed_by(way, weight, fp8=(scale, block))
+    assert same_bits(packing.unpack(packed, shape), unpack_fp8(weight, scale, block, torch.float32))
+    codes, zero, scales = map(torch.from_numpy, read(packed, shape))
+    assert torch.equal(codes, weight.double()) and not zero.any()
+    assert torch.equal(scales, spread_blocks(scale, weight.shape, block).double())
+
+
+def test_fp8_that_the_kernels_can_not_take_is_left(way: str) -> None:
+    weight, scale = torch.ones(6, 12).to(torch.float8_e4m3fn), torch.ones(1, 2)
+    assert packed_by(way, weight, fp8=(scale, (6, 8))) is None  # the last block is smaller
+    assert packed_by(way, weight, fp8=(torch.ones(1, 1), (6, 128))) is not None  # there is but one
+    weight[3, 5] = torch.nan
+    assert packed_by(way, weight, fp8=(torch.ones(1, 1), (6, 128))) is None
+
+
 @NEEDS_NATIVE
-@pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["dense", "int8", "int4", "float8"])
 @given(data=st.data())
 def test_both_ways_give_the_same_bytes(kind: str, data: st.DataObject) -> None:
     if kind == "dense":
         sizes = {name: data.draw(size) for name, size in SIZES.items()}
         luck = torch.Generator().manual_seed(sizes["seed"])
         weight, bits = torch.randn(sizes["outputs"], sizes["inputs"], generator=luck).to(data.draw(st.sampled_from(DTYPES))), 0
+    elif kind == "float8":
+        weight, *fp8 = data.draw(blocks())
+        bits = 0
     else:
         weight, bits = data.draw(integers(kind)), 8 if kind == "int8" else 4
     with on(data.draw(st.sampled_from(isa.library().names())), threads=data.draw(st.integers(1, 3))):
-        ours = packed_by("native", weight, bits)
-    theirs = packed_by("pytorch", weight, bits)
+        ours = packed_by("native", weight, bits, fp8 if kind == "float8" else None)
+    theirs = packed_by("pytorch", weight, bits, fp8 if kind == "float8" else None)
     assert ours[0] == theirs[0]
     assert torch.equal(ours[1], theirs[1])
     assert len(ours[1]) == isa.library().packed_bytes(*ours[0].native)

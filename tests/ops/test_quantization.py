@@ -17,14 +17,15 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from lineshaft.base.errors import BadCheckpoint, ConfigError, UnsupportedModel
-from lineshaft.ops.formats import DENSE, Format, Fp8Block, Integer
+from lineshaft.ops.formats import DENSE, Activations, Format, Fp8Block, Integer
 from lineshaft.ops.quantization import from_quantization_config, to_quantization_config
 
 DEEPSEEK: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 """Word for word that of DeepSeek-V3's config.json."""
 
 
-INTEGERS = [replace(kind, group=group, activations=rounded) for kind in KINDS for group in (None, 32) for rounded in (None, "int8")]
+ROUNDED: tuple[Activations | None, ...] = (None, "int8", "int8-static")
+INTEGERS = [replace(kind, group=group, activations=rounded) for kind in KINDS for group in (None, 32) for rounded in ROUNDED]
 
 
 @pytest.mark.parametrize("fmt", INTEGERS, ids=str)
@@ -53,6 +54,8 @@ def test_any_mixture_comes_back_and_gives_each_layer_one_scheme_in_compressed_te
         for scheme in found:
             assert isinstance(fmt, Integer)
             assert (scheme.weights.num_bits, scheme.weights.symmetric, scheme.weights.group_size) == (fmt.bits, fmt.symmetric, fmt.group)
+            seen = scheme.input_activations
+            assert (seen is None, seen is not None and seen.dynamic) == (fmt.activations is None, fmt.activations == "int8")
             assert (scheme.format or infer_module_format(torch.nn.Linear, scheme)) == fmt.packing
 
 
@@ -111,6 +114,16 @@ def test_what_was_written_for_int8_is_written_still() -> None:
     }
 
 
+def test_a_compressed_head_is_named_beside_the_class() -> None:
+    """In vLLM it is no "Linear": tests/compress/test_in_vllm.py."""
+    formats = {"a": Integer(4, 32), "lm_head": Integer(4, 32), "b": DENSE}
+    config: Any = to_quantization_config(formats)
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]
+    assert from_quantization_config(config, list(formats), ()) == formats
+    config = to_quantization_config(formats | {"lm_head": DENSE})
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
+
+
 def test_patterns_in_ignore_are_read() -> None:
     config = to_quantization_config({"a": Integer(8)}) or {}
     config["ignore"] = ["re:.*down_proj", "lm_head"]
@@ -144,7 +157,7 @@ GROUP = "config_groups/group_0"
         ("transform_config", {"config_groups": {"u": 1}}, "transform_config"),
         ("config_groups", {}, "0 config_groups"),
         (f"{GROUP}/targets", ["Linear", "Embedding"], 'group_0: targets "Embedding"'),
-        (f"{GROUP}/input_activations", {"num_bits": 8}, "input_activations"),
+        (f"{GROUP}/input_activations", {"num_bits": 4}, "input_activations"),
         (f"{GROUP}/weights/num_bits", 2, "num_bits 2"),
         (f"{GROUP}/output_activations", {"num_bits": 8}, "output_activations"),
         (f"{GROUP}/weights/type", "float", "type 'float'"),
@@ -171,7 +184,9 @@ A8 = f"{GROUP}/input_activations"
         (Integer(8, activations="int8"), f"{A8}/num_bits", 4, "input_activations: num_bits 4"),
         (Integer(8, activations="int8"), f"{A8}/type", "float", "input_activations: type 'float'"),
         (Integer(8, activations="int8"), f"{A8}/symmetric", False, "input_activations: symmetric False"),
-        (Integer(8, activations="int8"), f"{A8}/dynamic", False, "input_activations: dynamic False"),
+        (Integer(8, activations="int8"), f"{A8}/dynamic", False, "input_activations: strategy 'token'"),
+        (Integer(8, activations="int8-static"), f"{A8}/dynamic", True, "input_activations: strategy 'tensor'"),
+        (Integer(8, activations="int8-static"), f"{A8}/strategy", "channel", "input_activations: strategy 'channel'"),
         (Integer(8, activations="int8"), f"{A8}/dynamic", "local", "input_activations: dynamic 'local'"),
         (Integer(8, activations="int8"), f"{A8}/strategy", "tensor", "input_activations: strategy 'tensor'"),
         (Integer(8, activations="int8"), f"{A8}/strategy", None, "input_activations: strategy None"),

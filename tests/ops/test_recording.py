@@ -15,7 +15,7 @@ from lineshaft.ops.recording import Recorded
 
 pytestmark = NEEDS_NATIVE
 ROWS, WIDTH = 12, 64
-Packed = tuple[Shape, Tensor, bool]
+Packed = tuple[Shape, Tensor, bool, float]
 
 
 def chain(x: Tensor) -> Tensor:
@@ -59,8 +59,8 @@ def products(x: Tensor, weights: list[Packed]) -> Tensor:
     """Products of the same activations packed alike and not, of others, and of a buffer that is written into between them."""
     now = x
     for _ in range(3):
-        parts = [table.packed_linear(now, packed, shape, None, whole) for shape, packed, whole in weights]
-        now = table.add(table.add(parts[0], parts[1]), table.add(table.add(parts[2], parts[3]), now))
+        parts = [table.packed_linear(now, packed, shape, None, whole, input_scale=scale) for shape, packed, whole, scale in weights]
+        now = table.add(table.add(table.add(parts[0], parts[1]), parts[4]), table.add(table.add(parts[2], parts[3]), now))
         del parts
     return now
 
@@ -72,11 +72,11 @@ def test_activations_packed_once_serve_the_products_that_would_pack_them_alike(t
     dense = [packing.pack_dense((torch.randn(WIDTH, WIDTH, generator=luck) / 8).to(dtype)) for _ in range(2)]
     codes = torch.randint(256, (WIDTH, WIDTH), generator=luck, dtype=torch.uint8)
     coded = packing.pack_coded(Integers(codes, torch.full((WIDTH, 2), 1e-3), torch.full((WIDTH, 2), 128, dtype=torch.uint8)), 8)
-    weights = [(*dense[0], False), (*dense[1], False), (*coded, True), (*coded, False)]
+    weights = [(*dense[0], False, 0.0), (*dense[1], False, 0.0), (*coded, False, 0.0), (*coded, True, 0.0), (*coded, True, 0.1)]
     buffer = torch.zeros(ROWS, WIDTH, dtype=dtype)
     with torch.inference_mode(), table.steady():
         recorded = Recorded(lambda: products(buffer, weights))
-        assert len(recorded) == 3 * (2 * 4 - 1 + 4)  # a call to pack and one to multiply, but for the second dense weight; four sums
+        assert len(recorded) == 3 * (2 * 5 - 1 + 5)  # a call to pack and one to multiply, but for the second dense weight; five sums
         for seed in (1, 2):
             buffer[:tokens] = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
             recorded.run(tokens)

@@ -10,6 +10,7 @@ from pathlib import Path
 from lineshaft.base.store import Artifact, Store
 from lineshaft.pipeline.outcome import Node, Outcome
 from lineshaft.records.exchange import Exchange, Timing, write_exchanges
+from lineshaft.records.generations import Generation, write_generations
 from lineshaft.records.report import Measured, Report, write_report
 
 HOSTILE = "<script>alert('太好了')</script> & \x1b[31mred\x1b[0m \u202eevil"
@@ -83,6 +84,22 @@ def quantiles(samples: list[float]) -> dict[str, float]:
     return {f"latency_p{number}_seconds": cuts[number - 1] for number in (50, 90, 99)}
 
 
+def documents(loss: float) -> list[list[float]]:
+    """Of 30 held-out documents: number, nats, tokens, right ones; some harder than others, and not all as much harder for every model."""
+    sizes = [40 + 7 * (number % 5) for number in range(30)]
+    return [[number, size * loss * (1 + 0.1 * math.sin(number * loss)), size, size // 2] for number, size in enumerate(sizes)]
+
+
+def generations(words: str) -> list[Generation]:
+    """Of 6 prompts; every third text is the truth."""
+    truths = [f"document {number} goes on like this and ends there" for number in range(6)]
+    texts = [truth if number % 3 == 0 else f"document {number} goes {words}" for number, truth in enumerate(truths)]
+    return [
+        Generation(document=n, prompt_ids=[n], prompt="p", truth=truth, ids=list(text.encode()), text=text, finish_reason="length")
+        for n, (truth, text) in enumerate(zip(truths, texts, strict=True))
+    ]
+
+
 def fill_data(draft) -> None:
     splits = {"train": {"documents": 16_640, "bytes": 9_100_000}, "heldout": {"documents": 360, "bytes": 210_000}}
     draft.facts |= {"read": 20_513, "kept": 17_000, "dropped": DROPPED, "valid_share": 0.82874, "splits": splits, "something_new": True}
@@ -97,7 +114,9 @@ def fill_train(draft) -> None:
 
 def fill_report(subject: str, words: str, metrics: dict, speed: dict, scale: float, machine: dict):
     def fill(draft) -> None:
-        report = Report(subject=subject, format=words, metrics=metrics, notes=["Loss is over whole documents."])
+        rows = documents(metrics["loss_nats_per_token"])
+        report = Report(subject=subject, format=words, metrics=metrics, notes=["Loss is over whole documents."], documents=rows)
+        write_generations(draft, generations(words))
         write_report(
             draft,
             report,

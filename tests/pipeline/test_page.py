@@ -14,6 +14,7 @@ from finished_run import DROPPED, HOSTILE, NODES, finished, losses
 
 from lineshaft.base.catalogue import CATALOGUE
 from lineshaft.base.errors import LineshaftError
+from lineshaft.pipeline.lost import lost_rows
 from lineshaft.pipeline.outcome import Node, Outcome
 from lineshaft.pipeline.page.lineage import lineage_figure, place
 from lineshaft.pipeline.page.page import render_page, write_page
@@ -66,6 +67,19 @@ def svgs(page: str) -> list[ElementTree.Element]:
 
 def figure(page: str, name: str) -> ElementTree.Element:
     return next(svg for svg in svgs(page) if (svg.get("aria-labelledby") or "").startswith(name))
+
+
+def test_what_was_lost_stands_in_a_table_of_its_own(outcome: Outcome):
+    page = render_page(outcome)
+    rows = lost_rows(outcome.comparisons)
+    assert [row.name for row in rows][:3] == ["loss_rise_share", "perplexity_rise_share", "misses_rise"] and len(rows) == 12
+    for row in rows:
+        (found,) = re.findall(rf'<tr id="lost-{row.name}">.*?</tr>', page, re.DOTALL)
+        (only,) = row.cells
+        told = f"{only.text}, {only.verdict}" if only.verdict else only.text
+        assert re.findall(r">([^<>\n]+)<", found) == [part for part in (row.words, row.base, told) if part]
+    assert "over 30 documents, and over 6 prompts for texts" in Reader(page).text
+    assert "lost-table" not in render_page(Outcome("part", 1, [node for node in outcome.nodes if node.name != "evaluate_compressed"]))
 
 
 def test_every_number_of_the_reports_stands_in_the_table(outcome: Outcome):

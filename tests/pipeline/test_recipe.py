@@ -110,7 +110,7 @@ def test_every_value_knows_where_it_came_from(tmp_path: Path) -> None:
     [
         ({"grup": 3}, r'"compress.grup": unknown; did you mean "group"\?'),
         ([{"step": "awq", "alfa": 1}], r'"compress.0.alfa": unknown'),
-        ([{"step": "round"}, {"step": "squash"}], '"compress.1": step: one of round, gptq, awq, smooth, budget, prune, distil, qat'),
+        ([{"step": "round"}, {"step": "squash"}], '"compress.1": step: one of round, gptq, awq, smooth, static, budget, prune'),
         ({"step": "gptq", "bits": 3}, "bits: 4 or 8, and no format beside it"),
         ({"bits": 4, "format": "int4"}, "bits: 4 or 8, and no format beside it"),
         ([{"step": "prune"}], "nothing is to be cut"),

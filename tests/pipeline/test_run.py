@@ -166,7 +166,7 @@ def flip(path: Path, place: int = -1) -> None:
 
 
 SHOWN = {
-    "evaluate_base": ["report.json", "greedy.u32", "measured.json"],
+    "evaluate_base": ["report.json", "greedy.u32", "generations.jsonl", "measured.json"],
     "serve": ["exchanges.jsonl", "timings.jsonl"],
     "train": ["history.jsonl"],
 }

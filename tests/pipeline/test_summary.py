@@ -38,6 +38,19 @@ def test_each_metric_has_a_row_with_both_values_and_the_change(outcome: Outcome)
         assert cell(name, COMPRESSED[name]) in text
 
 
+def test_what_was_lost_follows_with_its_intervals(outcome: Outcome):
+    text = printed(outcome)
+    ((label, found),) = outcome.comparisons
+    assert next(line for line in text.splitlines() if line.startswith("lost")).split() == ["lost", "base", label]
+    low, middle, high = (f"{100 * end:+.2f}" for end in (found.loss.low, found.loss.estimate, found.loss.high))
+    assert row(text, "loss, nats/token  ")[:2] == ["2.3146", "2.3170"]  # of the metrics; the line below is that of the losses
+    assert f"{middle} % ({low} to {high})" in text
+    bleu = found.texts.between["bleu"]
+    assert f"{bleu.estimate:.1f} ({bleu.low:.1f} to {bleu.high:.1f})" in text
+    assert "over 30 documents, and over 6 prompts for texts" in " ".join(text.split())
+    assert json.loads(json.dumps(summary_json(outcome)))["comparisons"][0]["bleu_between"]["estimate"] == bleu.estimate
+
+
 def test_stages_come_first_with_their_ids_and_times(outcome: Outcome):
     lines = printed(outcome).splitlines()
     assert lines[0] == "quickstart, seed 7"

@@ -115,6 +115,7 @@ def recipe(texts: Path, model: dict[str, Any] = DEEPSEEK) -> dict[str, Any]:
             "sequence_tokens": 32,
             "max_tokens": 400,
             "speed": {"prompt_tokens": 8, "output_tokens": 4, "requests": 2, "batch": 2},
+            "generate": {"prompts": 4, "prompt_tokens": 8, "output_tokens": 8},
         },
         "serve": {"prompt": "The model", "max_tokens": 8},
     }

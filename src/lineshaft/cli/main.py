@@ -13,7 +13,7 @@ from rich.console import Console
 from lineshaft.base.config import flatten
 from lineshaft.base.store import Store
 from lineshaft.base.terminal import say
-from lineshaft.cli import batching, benching, checking, exporting, serving, showing
+from lineshaft.cli import batching, benching, checking, comparing, exporting, serving, showing
 from lineshaft.cli.ending import run_app
 from lineshaft.cli.options import DEFAULT_STORE, JsonOption, SetOption, StoreOption
 from lineshaft.cli.stages import add_stage_commands
@@ -100,6 +100,7 @@ def schema() -> None:
 app.command(name="batch")(batching.batch)
 app.command(name="check")(checking.check)
 app.command(name="bench")(benching.bench_command)
+app.command(name="compare")(comparing.compare)
 app.command(name="export")(exporting.export)
 app.command(name="serve")(serving.serve)
 app.command(name="show")(showing.show)

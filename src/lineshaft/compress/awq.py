@@ -96,7 +96,7 @@ def _errors(reader: Reader, tried: Sequence[Tensor]) -> Tensor:
 
 
 def _tiles(weight_OI: Tensor) -> tuple[Tensor, ...]:
-    return weight_OI.split(max(TILE // weight_OI.shape[1], 1))
+    return torch.split(weight_OI, max(TILE // weight_OI.shape[1], 1))
 
 
 def _error(grouped_OGW: Tensor, fmt: Integer) -> Tensor:

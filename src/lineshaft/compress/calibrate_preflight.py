@@ -13,9 +13,10 @@ from lineshaft.base.machine import resident_memory_bytes
 from lineshaft.compress import awq, gptq, proof
 from lineshaft.compress.calibrate.observe import SAMPLE
 from lineshaft.compress.calibrate.rows import rows_at_once
-from lineshaft.compress.config import AwqConfig, GptqConfig, SmoothConfig
-from lineshaft.compress.methods import Awq, Gptq, Smooth
+from lineshaft.compress.config import AwqConfig, GptqConfig, SmoothConfig, StaticConfig
+from lineshaft.compress.methods import Awq, Gptq, Smooth, Static
 from lineshaft.compress.preflight import CODE_BYTES
+from lineshaft.compress.ranges import BINS
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import Product, layer_part, prediction_part
 from lineshaft.model.fit import Step, Verdict, halved, judge
@@ -23,8 +24,13 @@ from lineshaft.model.memory import ITEM, Memory, Stored, Terms, integer_of
 from lineshaft.model.packed_memory import PackedPass, readings
 from lineshaft.ops.formats import DENSE
 
-Config = GptqConfig | AwqConfig | SmoothConfig
-METHODS: Mapping[str, type[Gptq | Awq | Smooth]] = {"gptq": Gptq, "awq": Awq, "smooth": Smooth}
+Config = GptqConfig | AwqConfig | SmoothConfig | StaticConfig
+METHODS: Mapping[str, type[Gptq] | type[Awq] | type[Smooth] | type[Static]] = {
+    "gptq": Gptq,
+    "awq": Awq,
+    "smooth": Smooth,
+    "static": Static,
+}
 HOLES = 0.3
 """Share of a batch's pass that lies unused in the heap, as passes and statistics of parts differ in size (docs/preflight.md)."""
 LEAST_SEQUENCES = 16
@@ -159,11 +165,11 @@ def _golden(given: Calibrating) -> int:
 
 
 def _statistics(given: Calibrating, part: _Part) -> int:
-    """Of all inputs of the part: magnitudes, and Hessians or samples."""
+    """Of all inputs of the part: magnitudes, and Hessians, samples or histograms."""
     wanted, total = METHODS[given.step].wanted, 0
     for item in part.readings:
         sample = min(SAMPLE, _met(given.tokens, item)) * wanted.sample
-        total += item.count * item.inputs * (12 + 4 * sample + 4 * item.inputs * wanted.gram)
+        total += item.count * (item.inputs * (12 + 4 * sample + 4 * item.inputs * wanted.gram) + 8 * BINS * wanted.histogram)
     return total
 
 
@@ -184,12 +190,13 @@ def _pass(given: Calibrating, part: _Part, stored: Stored) -> int:
 
 
 def _looked_at(given: Calibrating, item: Product) -> int:
-    """An input and its magnitudes in float32; and it widened for the Hessian, or new tokens and a sample that is drawn anew."""
+    """An input and its magnitudes in float32; and it widened for the Hessian, or new tokens and a sample that is drawn anew, or magnitudes
+    once more and the bin of each."""
     tokens, wanted, narrow = _met(given.at_once, item), METHODS[given.step].wanted, given.stored.dtype != "float32"
     old_and_new = min(max(SAMPLE + min(tokens, SAMPLE), tokens), _met(given.tokens, item)) * wanted.sample
     # What is in the sample already is among the statistics; both lie there twice, and half of it once more.
     drawn = max(5 * old_and_new // 2 - SAMPLE, 0)
-    return item.inputs * (tokens * (given.item + 4 + 4 * (narrow and wanted.gram)) + 4 * drawn)
+    return item.inputs * (tokens * (given.item + 4 + 4 * (narrow and wanted.gram) + 12 * wanted.histogram) + 4 * drawn)
 
 
 def _in_turn(given: Calibrating, part: _Part, work: Callable[[Product], int]) -> Terms:
@@ -232,6 +239,10 @@ def _by_awq(given: Calibrating, part: _Part) -> Terms:
     return max(before, _in_turn(given, part, work), key=lambda terms: sum(terms.values()))
 
 
+def _by_static(given: Calibrating, part: _Part) -> Terms:
+    return _in_turn(given, part, lambda item: _ENCODED * item.size)
+
+
 def _by_smooth(given: Calibrating, part: _Part) -> Terms:
     return {"the part's weights": given.item * part.weights, "a layer while it is scaled": _scaling(given, part)}
 
@@ -243,13 +254,18 @@ def _scaling(given: Calibrating, part: _Part) -> int:
     return (_SCALED[given.stored.dtype] + before) * max(item.size for item in part.linears)
 
 
-_CHANGING: Mapping[str, Callable[[Calibrating, _Part], Terms]] = {"gptq": _by_gptq, "awq": _by_awq, "smooth": _by_smooth}
+_CHANGING: Mapping[str, Callable[[Calibrating, _Part], Terms]] = {
+    "gptq": _by_gptq,
+    "awq": _by_awq,
+    "smooth": _by_smooth,
+    "static": _by_static,
+}
 
 
 def _proof(given: Calibrating, parts: Mapping[str, _Part]) -> dict[str, Terms]:
     """A layer of the source, scaled as it was meant to be, beside rows of what was written; then the written model's answer."""
     linears = [item for part in parts.values() for item in part.linears]
-    scaled = 0 if given.step == "gptq" else _SCALED[given.stored.dtype] * max(item.size for item in linears)
+    scaled = 0 if given.step in ("gptq", "static") else _SCALED[given.stored.dtype] * max(item.size for item in linears)
     rows = _PROVED * proof.ROWS_AT_ONCE * max(item.inputs for item in linears) if given.formats else 0
     unpacked = max(given.coded.unpacked(item, given.stored.dtype) for item in linears) if given.formats else 0
     return {

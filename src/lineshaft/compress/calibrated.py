@@ -14,10 +14,10 @@ from lineshaft.base.terminal import say
 from lineshaft.compress.calibrate.config import CalibrationConfig
 from lineshaft.compress.calibrate.rows import calibration_rows
 from lineshaft.compress.calibrate.walk import Method, walk
-from lineshaft.compress.calibrate_preflight import Calibrating, judge_calibrating
-from lineshaft.compress.config import AwqConfig, GptqConfig, SmoothConfig
-from lineshaft.compress.layers import chosen, warn_of_experts
-from lineshaft.compress.methods import Awq, Gptq, Smooth
+from lineshaft.compress.calibrate_preflight import Calibrating, Config, judge_calibrating
+from lineshaft.compress.config import AwqConfig, GptqConfig, SmoothConfig, StaticConfig
+from lineshaft.compress.layers import chosen, routed, warn_of_experts
+from lineshaft.compress.methods import Awq, Gptq, Smooth, Static
 from lineshaft.compress.proof import Tolerance, remember
 from lineshaft.compress.stage import finish, formats_of
 from lineshaft.model.checkpoint import load_checkpoint
@@ -43,17 +43,18 @@ def _settle(config: C, parents: Mapping[str, Artifact]) -> C:
     return config
 
 
-def _round_by(draft: Draft, config: GptqConfig | AwqConfig, method: Method) -> None:
-    model = _loaded(draft, config)
+def _round_by(
+    draft: Draft, model: Decoder, config: GptqConfig | AwqConfig | StaticConfig, method: Method, nearest: bool = False
+) -> None:
     layers = chosen(model, config, "compress")
     before = remember(model, draft.parents["checkpoint"].root)
     scales = _walked(draft, model, config, method)
     warn_of_experts(model, "compress")
-    finish(draft, model, before, Tolerance(config.tolerated_nats, nearest=False, scales=scales))
+    finish(draft, model, before, Tolerance(config.tolerated_nats, nearest=nearest, scales=scales))
     draft.facts |= {"format": formats_of(model), "layers": len(layers)}
 
 
-def _loaded(draft: Draft, config: GptqConfig | AwqConfig | SmoothConfig) -> Decoder:
+def _loaded(draft: Draft, config: Config) -> Decoder:
     """The model, unless memory would not suffice for the rows that there are."""
     source = draft.parents["checkpoint"]
     contract.check_folder(source.root)
@@ -75,11 +76,19 @@ def _walked(draft: Draft, model: Decoder, calibration: CalibrationConfig, method
 
 
 def _build_gptq(draft: Draft, config: GptqConfig) -> None:
-    _round_by(draft, config, Gptq(config))
+    _round_by(draft, _loaded(draft, config), config, Gptq(config))
 
 
 def _build_awq(draft: Draft, config: AwqConfig) -> None:
-    _round_by(draft, config, Awq(config))
+    _round_by(draft, _loaded(draft, config), config, Awq(config))
+
+
+def _build_static(draft: Draft, config: StaticConfig) -> None:
+    model = _loaded(draft, config)
+    experts = routed(model)
+    if experts:
+        say(f"static: the {len(experts)} layers of routed experts keep one scale a token: few tokens come to each")
+    _round_by(draft, model, config, Static(config, experts), nearest=True)
 
 
 def _build_smooth(draft: Draft, config: SmoothConfig) -> None:
@@ -97,5 +106,6 @@ def _build_smooth(draft: Draft, config: SmoothConfig) -> None:
 _PARENTS: Mapping[str, Kind] = {"checkpoint": "checkpoint", "tokens": "tokens"}
 
 GPTQ = Stage(name="gptq", kind="checkpoint", version=1, config=GptqConfig, build=_build_gptq, parents=_PARENTS, settle=_settle)
+STATIC = Stage(name="static", kind="checkpoint", version=1, config=StaticConfig, build=_build_static, parents=_PARENTS, settle=_settle)
 AWQ = Stage(name="awq", kind="checkpoint", version=1, config=AwqConfig, build=_build_awq, parents=_PARENTS, settle=_settle)
 SMOOTH = Stage(name="smooth", kind="checkpoint", version=1, config=SmoothConfig, build=_build_smooth, parents=_PARENTS, settle=_settle)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from lineshaft.base.config import Config
 from lineshaft.compress.calibrate.config import CalibrationConfig
 from lineshaft.model.memory import integer_of, is_format
-from lineshaft.ops.formats import DENSE, Format, Integer
+from lineshaft.ops.formats import DENSE, Activations, Format, Integer
 
 
 def _must_say_step(schema: dict[str, Any]) -> None:
@@ -30,8 +30,15 @@ def _must_say_step_or_bits(schema: dict[str, Any]) -> None:
     _offer_bits(schema)
 
 
+STATIC = "-static"
+"""The end of a format's name: activations in 8 bits by one scale that calibration found."""
+
+
 class Rounding(Config):
     """Weights in fewer bits, all alike or by a policy."""
+
+    calibrates: ClassVar[bool] = False
+    """Whether scales of activations can be found."""
 
     model_config = ConfigDict(json_schema_extra=_offer_bits)
     format: Literal["int8", "int4"] = "int8"
@@ -66,7 +73,9 @@ class Rounding(Config):
         if self.format == "int8" and not self.symmetric:
             raise ValueError("symmetric: int8 has no zero points here: leave it true, or take format int4")
         for pattern, name in self.policy.items():
-            if name == "fp8" or not is_format(name):
+            if name.endswith(STATIC) and not self.calibrates:
+                raise ValueError(f'policy: "{pattern}": "{name}" takes calibration: only the step `static` makes it')
+            if name == "fp8" or not is_format(in_memory(name)):
                 told = "formats are dense, int8, int4, int8-32, int4-128, int4-32-zeros, int8-a8 and the like"
                 raise ValueError(f'policy: "{pattern}": "{name}" is none: {told}')
         return self
@@ -85,8 +94,8 @@ class Rounding(Config):
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """The formats that layers may come to have, but for dense."""
-        return tuple(dict.fromkeys(name for name in (self.whole, *self.policy.values()) if name != "dense"))
+        """The formats that layers may come to have, but for dense, as model.memory knows them."""
+        return tuple(dict.fromkeys(in_memory(name) for name in (self.whole, *self.policy.values()) if name != "dense"))
 
     @property
     def tolerated_nats(self) -> float:
@@ -128,6 +137,24 @@ class AwqConfig(_Calibrated):
     """Search for where to clip each group of 4-bit weights as well, where as many tokens came to a layer as a group has inputs."""
 
 
+class StaticConfig(Rounding, CalibrationConfig):
+    """Rounding to nearest, with activations in 8 bits by one scale a layer that calibration finds (compress/ranges.py)."""
+
+    model_config = ConfigDict(json_schema_extra=_must_say_step_or_bits)
+    calibrates: ClassVar[bool] = True
+    step: Literal["static"] = "static"
+    activations: Literal["int8"] = "int8"
+    """8 bits, by one scale for all tokens of a layer. Routed experts keep a scale a token."""
+    range: Literal["minmax", "percentile", "mse", "entropy", "cut"] = "mse"
+    """Where activations are clipped: at the largest seen; below it by 0.01 % of the numbers; where squared error is least; where what is
+    lost of their distribution is least (KL divergence); where clipping takes at most 0.1 % of the summed magnitude."""
+
+    @property
+    def whole(self) -> str:
+        """See Rounding."""
+        return super().whole.removesuffix("-a8") + STATIC
+
+
 class SmoothConfig(CalibrationConfig):
     """Outliers of activations moved into weights, by calibration (compress/smooth.py); weights stay dense, for a step after this."""
 
@@ -142,9 +169,15 @@ class SmoothConfig(CalibrationConfig):
 
 
 def coding(name: str) -> Format:
-    """The format of this name (model.memory.is_format), in the layout where other engines expect it: 8-bit codes that meet 8-bit
-    activations lie one a byte."""
+    """The format of this name (model.memory.is_format, or one of those with STATIC in the place of -a8), in the layout where other engines
+    expect it: 8-bit codes that meet 8-bit activations lie one a byte."""
     if name == "dense":
         return DENSE
-    bits, group, zeros, rounded = integer_of(name)
-    return Integer(bits, group, not zeros, "int8" if rounded else None, "int-quantized" if bits == 8 and rounded else "pack-quantized")
+    bits, group, zeros, rounded = integer_of(in_memory(name))
+    activations: Activations | None = "int8-static" if name.endswith(STATIC) else "int8" if rounded else None
+    return Integer(bits, group, not zeros, activations, "int-quantized" if bits == 8 and rounded else "pack-quantized")
+
+
+def in_memory(name: str) -> str:
+    """The name by which model.memory knows a format: it takes as much whichever way activations are rounded."""
+    return f"{name.removesuffix(STATIC)}-a8" if name.endswith(STATIC) else name

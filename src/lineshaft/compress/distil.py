@@ -19,7 +19,7 @@ from lineshaft.base.errors import ConfigError
 from lineshaft.model.attend import PackedCausal
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.decoder import Decoder
-from lineshaft.ops.reach import Reach
+from lineshaft.model.shrink import resized
 from lineshaft.train.batches import IGNORE, Batch
 from lineshaft.train.objective import Loss, NextToken, cross_entropy
 
@@ -40,19 +40,8 @@ def cut_config(teacher: ModelConfig, keep: int) -> ModelConfig:
     """The description of a student with `keep` evenly spaced layers of the teacher's. ConfigError where it has fewer."""
     if not 0 < keep <= teacher.num_hidden_layers:
         raise ConfigError(f"keep_layers: {keep} of a teacher's {teacher.num_hidden_layers} layers can't be kept: ask for fewer")
-    kept = evenly_spaced(keep, teacher.num_hidden_layers)
-    changes: dict[str, object] = {"num_hidden_layers": keep, "reach": _shortest([teacher.reach_of(layer) for layer in kept])}
-    if teacher.moe is not None:
-        first = sum(layer < teacher.moe.first_k_dense_replace for layer in kept)
-        dense = [place for place, layer in enumerate(kept) if layer in teacher.moe.mlp_only_layers]
-        changes["moe"] = teacher.moe.model_copy(update={"first_k_dense_replace": first, "mlp_only_layers": dense})
-    return teacher.model_copy(update=changes)
-
-
-def _shortest(reach: list[Reach]) -> list[Reach]:
-    """The shortest list that, repeated over the layers, says the same."""
-    lengths = range(1, len(reach) + 1)
-    return next(reach[:length] for length in lengths if all(one == reach[layer % length] for layer, one in enumerate(reach)))
+    layers = range(teacher.num_hidden_layers)
+    return resized(teacher, {"num_hidden_layers": keep}, set(layers) - set(evenly_spaced(keep, len(layers))))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from lineshaft.compress.budget_preflight import judge_budget
 from lineshaft.compress.budget_stage import BudgetStepConfig
 from lineshaft.compress.calibrate_preflight import Calibrating, judge_calibrating
 from lineshaft.compress.calibrate_preflight import Config as Calibrated
-from lineshaft.compress.config import CompressConfig, Rounding
+from lineshaft.compress.config import CompressConfig, Rounding, in_memory
 from lineshaft.compress.distil_preflight import judge_distilling
 from lineshaft.compress.distil_stage import DistilConfig, planned
 from lineshaft.compress.preflight import Compressing, judge_compressing
@@ -50,6 +50,7 @@ FORECASTS: Mapping[str, Callable[[ModelConfig, Stored, Any, int | None], Verdict
     "gptq": _calibrated,
     "awq": _calibrated,
     "smooth": _calibrated,
+    "static": _calibrated,
     "budget": judge_budget,
     "prune": _prune,
     "distil": _distil,
@@ -72,7 +73,7 @@ def made_of(config: Any, stored: Stored) -> str:
     """The format that most layers come to have, as model.memory names it."""
     match config:
         case Rounding():
-            return config.whole
+            return in_memory(config.whole)
         case QatConfig():
             return config.compression.whole
         case BudgetStepConfig():

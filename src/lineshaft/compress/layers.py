@@ -34,6 +34,12 @@ def chosen(model: Decoder, config: Rounding, stage: str) -> dict[str, Linear]:
     return found
 
 
+def routed(model: Decoder) -> frozenset[str]:
+    """Names of the linear layers that belong to routed experts."""
+    blocks = {f"{name}.experts." for name, module in model.named_modules() if isinstance(module, ExpertBlock)}
+    return frozenset(name for name in model.linears() if any(name.startswith(block) for block in blocks))
+
+
 def warn_of_experts(model: Decoder, stage: str) -> None:
     """Say where routed experts are stored in several ways: other tools take them to be alike (tests/compress/test_in_transformers.py)."""
     blocks = [module for module in model.modules() if isinstance(module, ExpertBlock)]

@@ -1,10 +1,10 @@
-"""What the calibrated steps do to each part of a model: GPTQ, AWQ, SmoothQuant as methods of a walk (calibrate/walk.py)."""
+"""What the calibrated steps do to each part of a model: GPTQ, AWQ, static INT8, SmoothQuant as methods of a walk (calibrate/walk.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -14,8 +14,9 @@ from lineshaft.base.errors import ConfigError
 from lineshaft.compress import awq
 from lineshaft.compress.calibrate.observe import Inputs, Wanted
 from lineshaft.compress.calibrate.parts import Part
-from lineshaft.compress.config import AwqConfig, GptqConfig, Rounding, SmoothConfig
+from lineshaft.compress.config import AwqConfig, GptqConfig, Rounding, SmoothConfig, StaticConfig
 from lineshaft.compress.gptq import Factor, gptq
+from lineshaft.compress.ranges import METHODS
 from lineshaft.compress.smooth import smooth
 from lineshaft.model.junction import Junction, Port, scale
 from lineshaft.model.linear import Linear
@@ -55,7 +56,7 @@ class Gptq:
     def treat(self, part: Part, seen: Mapping[str, Inputs]) -> dict[str, Tensor]:
         """See Method. A layer that no token came to is rounded to nearest."""
         factors: dict[int, Factor] = {}  # gate and up share one, and so do query, key and value
-        for name, linear in _chosen(part, self.config).items():
+        for name, linear in sorted(_chosen(part, self.config).items(), key=lambda item: id(seen.get(item[0]))):
             fmt = self.format_of(name)
             assert isinstance(fmt, Integer)
             with _told(name):
@@ -123,6 +124,48 @@ class Awq:
         if inputs is None or not self.config.clip or fmt.bits == 8 or len(inputs.sample_SI) < (fmt.group or linear.in_features):
             return fmt.encode(weight_OI)
         return awq.clipped(weight_OI, fmt, inputs.sample_SI if s_I is None else inputs.sample_SI / s_I)
+
+
+@dataclass(frozen=True)
+class Static:
+    """Rounds to nearest, and finds the range of what comes into each layer while nothing is rounded yet."""
+
+    config: StaticConfig
+    experts: Container[str]
+    """Names of routed experts' layers: few tokens come to one, so each token keeps its own scale there."""
+    name: ClassVar[str] = "static"
+    wanted: ClassVar[Wanted] = Wanted(histogram=True)
+    changes_outputs: ClassVar[bool] = False
+
+    def format_of(self, layer: str) -> Format:
+        """See Method."""
+        fmt = self.config.coding_of(layer)
+        found = isinstance(fmt, Integer) and fmt.activations == "int8-static" and layer in self.experts
+        return replace(fmt, activations="int8") if isinstance(fmt, Integer) and found else fmt
+
+    def watched(self, part: Part) -> dict[str, Linear]:
+        """See Method."""
+        return _chosen(part, self.config)
+
+    def treat(self, part: Part, seen: Mapping[str, Inputs]) -> dict[str, Tensor]:
+        """See Method. Raises ConfigError for a layer that needs a range and that no token came to."""
+        clips: dict[int, float] = {}  # gate and up share one, and so do query, key and value: entropy takes seconds to find it
+        for name, linear in _chosen(part, self.config).items():
+            fmt = self.format_of(name)
+            assert isinstance(fmt, Integer)
+            with _told(name):
+                linear.hold(fmt, self._tensors(linear, fmt, seen.get(name), clips))
+        return {}
+
+    def _tensors(self, linear: Linear, fmt: Integer, inputs: Inputs | None, clips: dict[int, float]) -> dict[str, Tensor]:
+        weight_OI = linear.dense_weight(torch.float32)
+        if fmt.activations != "int8-static":
+            return fmt.encode(weight_OI)
+        if inputs is None or inputs.histogram is None:
+            raise ConfigError("no calibration token came to it, so its activations have no range: give it more text")
+        if id(inputs) not in clips:
+            clips[id(inputs)] = METHODS[self.config.range](inputs.histogram, 8) if inputs.histogram.largest else 0.0
+        return fmt.encode_static(weight_OI, clips[id(inputs)])
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pydantic import Discriminator, Tag
 
 from lineshaft.base.stage import Stage
 from lineshaft.compress.budget_stage import BUDGET, BudgetStepConfig
-from lineshaft.compress.calibrated import AWQ, GPTQ, SMOOTH
-from lineshaft.compress.config import AwqConfig, CompressConfig, GptqConfig, SmoothConfig
+from lineshaft.compress.calibrated import AWQ, GPTQ, SMOOTH, STATIC
+from lineshaft.compress.config import AwqConfig, CompressConfig, GptqConfig, SmoothConfig, StaticConfig
 from lineshaft.compress.distil_stage import DISTIL, DistilConfig
 from lineshaft.compress.prune_plan import PruneConfig
 from lineshaft.compress.prune_stage import PRUNE
@@ -22,6 +22,7 @@ STEPS: Mapping[str, Stage[Any]] = {
     "gptq": GPTQ,
     "awq": AWQ,
     "smooth": SMOOTH,
+    "static": STATIC,
     "budget": BUDGET,
     "prune": PRUNE,
     "distil": DISTIL,
@@ -42,10 +43,11 @@ _Round = Annotated[CompressConfig, Tag("round")]
 _Gptq = Annotated[GptqConfig, Tag("gptq")]
 _Awq = Annotated[AwqConfig, Tag("awq")]
 _Smooth = Annotated[SmoothConfig, Tag("smooth")]
+_Static = Annotated[StaticConfig, Tag("static")]
 _Budget = Annotated[BudgetStepConfig, Tag("budget")]
 _Prune = Annotated[PruneConfig, Tag("prune")]
 _Distil = Annotated[DistilConfig, Tag("distil")]
 _Qat = Annotated[QatConfig, Tag("qat")]
-_Several = Annotated[list[Annotated[_Round | _Gptq | _Awq | _Smooth | _Budget | _Prune | _Distil | _Qat, _TOLD]], Tag("steps")]
-Steps = Annotated[_Round | _Gptq | _Awq | _Smooth | _Budget | _Prune | _Distil | _Qat | _Several, _TOLD]
+_Several = Annotated[list[Annotated[_Round | _Gptq | _Awq | _Smooth | _Static | _Budget | _Prune | _Distil | _Qat, _TOLD]], Tag("steps")]
+Steps = Annotated[_Round | _Gptq | _Awq | _Smooth | _Static | _Budget | _Prune | _Distil | _Qat | _Several, _TOLD]
 """One step, or several in the order in which they are carried out."""

@@ -17,10 +17,8 @@ from lineshaft.base.terminal import bar, say
 from lineshaft.records.corpus import read_corpus
 from lineshaft.text import contract
 from lineshaft.text.bundled import BUNDLED, TemplateName, source
+from lineshaft.text.cuts import CUTS, Cut
 from lineshaft.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, byte_alphabet
-
-WORD_PATTERN = r" ?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s*\n+|\s+(?!\S)|\s+"
-"""Merges stay inside one of these: a word with the space before it, up to three digits, symbols, line ends, indentation."""
 
 SAMPLE_BYTES = 1 << 20
 
@@ -32,6 +30,8 @@ class TokenizerConfig(Config):
     """Tokens, the 256 bytes and those of the chat template included (3 for `plain`). A small corpus may give fewer."""
     min_frequency: int = Field(default=2, ge=1)
     """How often a pair must occur to become a token."""
+    cut: Cut = "words"
+    """Where no token may cross: our own pattern, or that of a published tokenizer, which llama.cpp knows (GGUF, text/cuts.py)."""
     chat_template: TemplateName = "plain"
     """How messages become one text. Its tokens for the beginning and end of a text are those of documents, too."""
 
@@ -46,8 +46,8 @@ class TokenizerConfig(Config):
 def train(texts: Iterator[str], config: TokenizerConfig) -> tokenizers.Tokenizer:
     """The byte-level BPE of these texts. Equal texts in equal order give equal bytes."""
     bpe = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(tokenizers.Regex(WORD_PATTERN), behavior="isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated") for pattern in CUTS[config.cut]]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     template = BUNDLED[config.chat_template]
     trainer = trainers.BpeTrainer(

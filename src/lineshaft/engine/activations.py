@@ -29,7 +29,7 @@ def rounding(model: Decoder, config: EngineConfig) -> Decoder:
     own: Decoder = copy.deepcopy(model, shared)
     for linear in own.linears().values():
         if linear is not own.lm_head and isinstance(linear.format, Integer):
-            linear.format = replace(linear.format, activations="int8")
+            linear.format = replace(linear.format, activations=linear.format.activations or "int8")
     return own
 
 

@@ -36,7 +36,8 @@ def pack(model: Decoder) -> None:
 def leave_file(model: Decoder) -> None:
     """Copy what is not packed, so that nothing points into the checkpoint's mapping any more and the system takes its pages back.
 
-    Not where layers stay as they are stored (FP8, or no native kernels): the mapping is the only copy of them, and may leave memory.
+    Not where layers stay as they are stored (a width that the kernels can't take, or no kernels): the mapping is the only copy of them,
+    and may leave memory.
     """
     if not all(isinstance(linear.format, Packed | PackedHeads) for linear in model.linears().values()):
         return

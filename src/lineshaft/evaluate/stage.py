@@ -17,14 +17,16 @@ from lineshaft.engine.cache import page_bytes
 from lineshaft.engine.cache_dtype import cache_dtype
 from lineshaft.engine.config import EngineConfig
 from lineshaft.evaluate.bigram import Bigram
+from lineshaft.evaluate.generate import GenerateConfig, generations_of, prompts_of
 from lineshaft.evaluate.quality import HeldOut, Score, score_bigram, score_model
-from lineshaft.evaluate.speed import Speed, SpeedConfig, measure, quantile
+from lineshaft.evaluate.speed import Job, Speed, SpeedConfig, measure, quantile
 from lineshaft.model.checkpoint import load_checkpoint, quantised_share_of_fp32
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import cost_of
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.folder import load_config
 from lineshaft.model.shards import weights_bytes
+from lineshaft.records.generations import write_generations
 from lineshaft.records.report import Measured, Report, write_report
 from lineshaft.records.tokens import TokenStream
 from lineshaft.text import contract
@@ -43,6 +45,7 @@ class EvaluateConfig(Config):
     usd_per_hour: float = Field(0.10, gt=0)
     """Price of the machine that serves; state yours."""
     speed: SpeedConfig = SpeedConfig()
+    generate: GenerateConfig = GenerateConfig()
     engine: EngineConfig = EngineConfig()
 
 
@@ -59,20 +62,37 @@ def _build(draft: Draft, config: EvaluateConfig) -> None:
     model = rounding(load_checkpoint(checkpoint.root, dtype=torch.float32, active_experts=config.engine.active_experts), config.engine)
     heldout = TokenStream(tokens, "heldout")
     prompts = _prompts(heldout, config.speed)
-    text = HeldOut(RowReader(heldout, config.sequence_tokens), _bytes_of_token(checkpoint), config.max_tokens)
+    words = Tokenizer.load(checkpoint.root)
+    written = prompts_of(heldout, config.generate, words)
+    text = HeldOut(RowReader(heldout, config.sequence_tokens), [len(piece) for piece in words.token_bytes()], config.max_tokens)
     score = score_model(model, text)
     baseline = score_bigram(Bigram(TokenStream(tokens, "train"), model.config.vocab_size), text)
-    speed = measure(checkpoint.root, config.speed, config.engine, prompts)
+    speed = measure(
+        Job(
+            folder=str(checkpoint.root),
+            workload=config.speed,
+            engine=config.engine,
+            prompts=prompts,
+            written=[prompt.ids for prompt in written],
+            most_written=config.generate.output_tokens,
+        )
+    )
     quantised = {linear.format.describe() for linear in model.linears().values()} - {"dense"}
     report = Report(
         subject=checkpoint.id,
         format=", ".join(sorted(quantised)) or "dense",
         metrics=_quality(score, baseline) | _size(model, checkpoint, config.engine),
         documents=[[number, *sums] for number, sums in sorted(score.by_document.items())],
-        notes=["Quality is computed with FP32 activations; held-out documents were never trained on.", *_engine_notes(config.engine)],
+        notes=[
+            "Quality is computed with FP32 activations; held-out documents were never trained on.",
+            *_engine_notes(config.engine),
+            *(_no_texts(config.generate) if not written else []),
+        ],
     )
     metrics, samples = _speed(speed, config)
     measured = Measured(metrics=metrics, samples=samples, machine=machine() | {"threads": speed.threads})
+    draft.facts["tokenizer_sha256"] = tokens.manifest.facts["tokenizer_sha256"]
+    write_generations(draft, generations_of(written, speed.answers, words))
     write_report(draft, report, measured, torch.cat(score.greedy).numpy())
 
 
@@ -82,22 +102,25 @@ def _engine_notes(engine: EngineConfig) -> list[str]:
     return [*([cache] if engine.cache_dtype == "int8" else []), *([rounded] if engine.activations == "int8" else [])]
 
 
+def _no_texts(config: GenerateConfig) -> list[str]:
+    need = config.prompt_tokens + config.output_tokens
+    told = f"No texts were written: fewer than two held-out documents have {need} tokens (generate.prompt_tokens + generate.output_tokens)."
+    return [told] if config.prompts else []
+
+
 def _check_room(model: ModelConfig, tokens: Artifact, config: EvaluateConfig) -> None:
     """Refuse at once what would fail, or mean nothing, after the scoring."""
     context, vocabulary = model.max_position_embeddings, tokens.manifest.facts["vocab_size"]
     for name, wanted in (
         ("sequence_tokens", config.sequence_tokens),
         ("speed.prompt_tokens + speed.output_tokens", config.speed.prompt_tokens + config.speed.output_tokens),
+        ("generate.prompt_tokens + generate.output_tokens", config.generate.most_tokens),
     ):
         if wanted > context:
             raise ConfigError(f"evaluate: {name} is {wanted}, more than the model's context of {context} tokens: lower it")
     if vocabulary > model.vocab_size:
         told = "they do not belong together"
         raise BadCheckpoint(f"the tokenizer has {vocabulary} tokens, the model's vocab_size is {model.vocab_size}: {told}")
-
-
-def _bytes_of_token(checkpoint: Artifact) -> list[int]:
-    return [len(piece) for piece in Tokenizer.load(checkpoint.root).token_bytes()]
 
 
 def _prompts(stream: TokenStream, workload: SpeedConfig) -> list[list[int]]:
@@ -160,7 +183,7 @@ def _speed(speed: Speed, config: EvaluateConfig) -> tuple[dict[str, float], dict
 EVALUATE = Stage(
     name="evaluate",
     kind="report",
-    version=2,
+    version=3,
     config=EvaluateConfig,
     build=_build,
     parents={"checkpoint": "checkpoint", "tokens": "tokens"},

@@ -81,6 +81,23 @@ def share_of(part_R: npt.ArrayLike, whole_R: npt.ArrayLike, error: float = 0.05)
     return _ratio(parts, wholes, error)
 
 
+def resampled(rows: int, resamples: int = 2000, seed: int = 0) -> Floats:
+    """How often each resample of a bootstrap takes each row, [S, R]: for what can be worked out from sums over rows."""
+    return np.random.default_rng(seed).multinomial(rows, np.full(rows, 1 / rows), size=resamples).astype(np.float64)
+
+
+def percentiles(estimate: float, value_S: Floats, rows: int, error: float = 0.05) -> Interval:
+    """The interval of an estimate from its values in resamples of so many rows, two or more.
+
+    Percentiles, moved outward as far as Student's t with rows - 1 degrees of freedom lies outside the normal distribution: those of
+    the bootstrap alone are too narrow for few rows (Hesterberg 2015, "What teachers should know about the bootstrap", section 3.3).
+    """
+    far = student_quantile(1 - error / 2, rows - 1) * math.sqrt(rows / (rows - 1))
+    tail = math.erfc(far / math.sqrt(2)) / 2
+    low, high = np.quantile(value_S, [tail, 1 - tail])
+    return Interval(estimate, float(low), float(high), error)
+
+
 def _checked(*rows: npt.ArrayLike) -> tuple[Floats, Floats, Floats]:
     old_R, new_R, weight_R = (np.asarray(item, np.float64) for item in rows)
     if not old_R.shape == new_R.shape == weight_R.shape or old_R.ndim != 1 or len(old_R) < 2:

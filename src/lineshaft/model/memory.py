@@ -97,7 +97,7 @@ class Stored:
 
     def unpacked(self, product: Product, dtype: str) -> int:
         """Most bytes held while one matrix is made ready for a product in `dtype`: decoded (integers.Integers.decode,
-        reference.unpack_fp8), or widened from bfloat16 (ops/cpu.py; counted also where the processor needs no widening)."""
+        fp8.unpack_fp8), or widened from bfloat16 (ops/cpu.py; counted also where the processor needs no widening)."""
         if self.format == "dense" or not product.linear:
             return 4 * product.size if dtype == "bfloat16" else 0
         if self.format == "fp8":

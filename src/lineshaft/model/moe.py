@@ -106,8 +106,8 @@ class ExpertBlock(nn.Module):
         """The experts as one op takes them: packed, of one shape, without biases. None where they are not so."""
         first: Any = self.experts[0]
         wide, down = first.gate_proj.format, first.down_proj.format
-        if not (isinstance(wide, Packed) and isinstance(down, Packed)):
-            return None
+        if not (isinstance(wide, Packed) and isinstance(down, Packed)) or wide.input_scale or down.input_scale:
+            return None  # the op finds the scale of each token
         gates, ups, downs = ([getattr(expert, name) for expert in self.experts] for name in ("gate_proj", "up_proj", "down_proj"))
         alike = all(linear.format == wide for linear in gates + ups) and all(linear.format == down for linear in downs)
         if not alike or any(linear.bias is not None for linear in gates + ups + downs):

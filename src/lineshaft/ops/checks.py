@@ -5,6 +5,8 @@ Strides of inputs are dealt with in ops/native.py. Pages are never copied: one c
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def float_of(x: Tensor) -> int:
     return FLOATS[x.dtype]
 
 
-def linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, size: int, whole: bool) -> None:
+def linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, size: int, whole: bool, input_scale: float) -> None:
     """`size`: bytes of a weight of this shape."""
     if x_TI.dim() != 2 or x_TI.shape[1] != shape.inputs or (not shape.scale_inputs and str(x_TI.dtype) != f"torch.{shape.kind}"):
         raise ValueError(f"packed_linear: x is {list(x_TI.shape)} {x_TI.dtype}, the weight {shape}")
@@ -32,8 +34,10 @@ def linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, si
         raise ValueError(f"packed_linear: the weight is {list(packed.shape)} {packed.dtype}: {shape} takes {size} bytes in a row")
     if bias_O is not None and bias_O.shape != (shape.outputs,):
         raise ValueError(f"packed_linear: the bias is {list(bias_O.shape)}, the weight has {shape.outputs} outputs")
-    if whole and not shape.scale_inputs:
+    if whole and shape.kind not in ("int8", "int4"):
         raise ValueError(f"packed_linear: activations in 8 bits need a weight of whole numbers, not {shape}")
+    if input_scale and not (whole and 0 < input_scale < math.inf):
+        raise ValueError(f"packed_linear: {input_scale} is no scale for activations {'in 8 bits' if whole else 'as they are'}")
 
 
 def norm(x: Tensor, weight_I: Tensor) -> None:

@@ -1,26 +1,30 @@
 """The words of compressed-tensors in `quantization_config`: groups of layers in integer formats. quantization.py reads both dialects.
 
 With several formats each group lists its layers by name, so that every reader gives a layer one scheme whatever it prefers when
-targets overlap. With one format the target is the class "Linear", as compressed-tensors itself writes it.
+targets overlap. With one format the target is the class "Linear", as compressed-tensors itself writes it; beside it stands the name of a
+compressed head, which is of another class in vLLM.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from lineshaft.base.errors import BadCheckpoint, UnsupportedModel
-from lineshaft.ops.formats import DENSE, Dense, Format, Integer
+from lineshaft.ops.formats import DENSE, Activations, Dense, Format, Integer
 
 Table = Mapping[str, Any]
 Wanted = tuple[tuple[str, object, tuple[object, ...]], ...]
 
 INTEGER = (
     "integer weights by compressed-tensors, one scale a channel or group: INT8 (symmetric, pack-quantized or int-quantized) or INT4 "
-    "(pack-quantized), activations untouched or INT8 (symmetric, dynamic, a scale a token)"
+    "(pack-quantized), activations untouched or INT8 (symmetric; dynamic, a scale a token, or static, one for all)"
 )
+_SCALES = {False: "token", True: "tensor"}
+"""Whether activations have one scale for all, to the word for it."""
 _MIXED = "mixed-precision"
+_HEAD = "lm_head"
 
 
 def to_config(formats: Mapping[str, Format]) -> dict[str, Any]:
@@ -32,7 +36,8 @@ def to_config(formats: Mapping[str, Format]) -> dict[str, Any]:
     ordered = sorted(members, key=lambda fmt: (-len(members[fmt]), members[fmt][0]))
     alone = len(ordered) == 1
     packings = {fmt.packing for fmt in ordered}
-    groups = {f"group_{number}": _group(fmt, ["Linear"] if alone else members[fmt], alone) for number, fmt in enumerate(ordered)}
+    every = ["Linear", *(name for name in members[ordered[0]] if name == _HEAD)]
+    groups = {f"group_{number}": _group(fmt, every if alone else members[fmt], alone) for number, fmt in enumerate(ordered)}
     return {
         "quant_method": "compressed-tensors",
         "format": packings.pop() if len(packings) == 1 else _MIXED,
@@ -47,7 +52,8 @@ def _group(fmt: Integer, targets: list[str], alone: bool) -> dict[str, Any]:
     weights = {"num_bits": fmt.bits, "type": "int", "symmetric": fmt.symmetric, "strategy": strategy, "group_size": fmt.group}
     group: dict[str, Any] = {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
     if fmt.activations is not None:
-        group["input_activations"] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+        static = fmt.activations == "int8-static"
+        group["input_activations"] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": _SCALES[static], "dynamic": not static}
     if not alone or fmt.packing != ("pack-quantized" if fmt.activations is None else "int-quantized"):
         group["format"] = fmt.packing  # compressed-tensors goes by this, and guesses the other where it is missing
     return group
@@ -143,16 +149,17 @@ def _integer_of(config: Table, group: Table) -> Integer:
     return Integer(weights["num_bits"], size, weights["symmetric"], activations, packing)
 
 
-def _activations_of(scheme: Table | None) -> Literal["int8"] | None:
+def _activations_of(scheme: Table | None) -> Activations | None:
     """None where activations are untouched. What is left out means what it does in compressed-tensors."""
     if scheme is None:
         return None
+    dynamic = scheme.get("dynamic", False)
     wanted: Wanted = (
         ("input_activations: num_bits", scheme.get("num_bits", 8), (8,)),
         ("input_activations: type", scheme.get("type", "int"), ("int",)),
         ("input_activations: symmetric", scheme.get("symmetric", True), (True,)),
-        ("input_activations: dynamic", scheme.get("dynamic", False), (True,)),
-        ("input_activations: strategy", scheme.get("strategy"), ("token",)),
+        ("input_activations: dynamic", dynamic, (True, False)),
+        ("input_activations: strategy", scheme.get("strategy", "tensor"), (_SCALES[not dynamic],)),
     )
     refuse_others(wanted, INTEGER)
-    return "int8"
+    return "int8" if dynamic else "int8-static"

@@ -7,19 +7,22 @@ which layer has which format is in `quantization.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineshaft.base.errors import ConfigError
-from lineshaft.ops import reference, table
+from lineshaft.base.errors import BadCheckpoint, ConfigError
+from lineshaft.ops import table
+from lineshaft.ops.fp8 import spread_blocks, unpack_fp8
 from lineshaft.ops.integers import Integers, integers, pack
 
 Tensors = Mapping[str, Tensor]
+Activations: TypeAlias = Literal["int8", "int8-static"]
 
 _SMALLEST_FP16 = 2.0**-24
 _LARGEST_E4M3 = 448.0
@@ -33,6 +36,8 @@ _SUPPORTED = {
 
 Symmetric 4-bit codes go from -8 to 7: at 7.5 steps no weight is further than half a step from one, and steps are finer than at 7.
 """
+
+_TOLD = {None: "", "int8": ", int8 activations", "int8-static": ", int8 activations by one scale"}
 
 
 class Format(Protocol):
@@ -98,8 +103,9 @@ class Integer:
     group: int | None = None
     symmetric: bool = True
     """Zero is the code in the middle; else each group stores its code of zero, packed along outputs (4 bits only)."""
-    activations: Literal["int8"] | None = None
-    """Activations are rounded to so many bits, one scale a token; None: they are not."""
+    activations: Activations | None = None
+    """Activations are rounded to 8 bits, by one scale a token or, `int8-static`, by one for all that calibration found (`input_scale`);
+    None: they are not."""
     packing: Literal["pack-quantized", "int-quantized"] = "pack-quantized"
     """Codes in words of int32 (`weight_packed`), or a weight a byte as int8 (`weight`; 8 bits only)."""
 
@@ -111,12 +117,28 @@ class Integer:
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """See Format."""
+        seen = ("input_scale",) if self.activations == "int8-static" else ()
         if self.packing == "int-quantized":
-            return ("weight", "weight_scale")
-        return ("weight_packed", "weight_scale", "weight_shape", *(() if self.symmetric else ("weight_zero_point",)))
+            return ("weight", "weight_scale", *seen)
+        return ("weight_packed", "weight_scale", "weight_shape", *(() if self.symmetric else ("weight_zero_point",)), *seen)
 
     def encode(self, weight_OI: Tensor) -> dict[str, Tensor]:
-        """See Format."""
+        """See Format. Raises ConfigError for `int8-static`: the weight does not tell what meets it (`encode_static`)."""
+        if self.activations == "int8-static":
+            raise ConfigError(f"{self.describe()}: the scale of activations comes from calibration: take the step `static`")
+        return self._encode(weight_OI)
+
+    def encode_static(self, weight_OI: Tensor, largest: float) -> dict[str, Tensor]:
+        """The tensors of an `int8-static` format for a dense weight; codes of activations reach as far as `largest`, a magnitude.
+
+        Raises ConfigError where that is no finite number; zero, where all activations were, gives a scale of 1.
+        """
+        if not 0 <= largest < math.inf:
+            raise ConfigError(f"activations of up to {largest} have no scale")
+        scale = max(largest / 127, torch.finfo(torch.float32).tiny) if largest else 1.0
+        return self._encode(weight_OI) | {"input_scale": torch.tensor([scale])}
+
+    def _encode(self, weight_OI: Tensor) -> dict[str, Tensor]:
         outputs, inputs = weight_OI.shape
         grouped_OGI = weight_OI.detach().float().reshape(outputs, self.groups(inputs), -1)
         scale_OG, zero_OG = self.scale_and_zero(grouped_OGI)
@@ -164,6 +186,7 @@ class Integer:
             "weight_scale": ((outputs, groups), torch.float16),
             "weight_shape": ((2,), torch.int64),
             "weight_zero_point": ((-(-outputs // a_word), groups), torch.int32),
+            "input_scale": ((1,), torch.float32),
         }
         return {name: torch.empty(shapes[name][0], dtype=shapes[name][1]) for name in self.tensor_names}
 
@@ -190,13 +213,26 @@ class Integer:
 
     def matmul(self, x_TI: Tensor, tensors: Tensors, bias_O: Tensor | None) -> Tensor:
         """See Format. With `activations` it differs from the product with the decoded weight by the rounding of x."""
-        run = table.linear_int if self.activations is None else table.linear_int_a8
-        return run(x_TI, *self._stored(tensors), self.bits, bias_O)
+        if self.activations is None:
+            return table.linear_int(x_TI, *self._stored(tensors), self.bits, bias_O)
+        return table.linear_int_a8(x_TI, *self._stored(tensors), self.bits, bias_O, self.input_scale(tensors))
+
+    def input_scale(self, tensors: Tensors) -> float:
+        """Of activations, the same for all tokens; 0 where each token has its own, or none.
+
+        Raises BadCheckpoint where the one that is stored can't be a scale.
+        """
+        if self.activations != "int8-static":
+            return 0.0
+        scale = float(tensors["input_scale"])
+        if not 0 < scale < math.inf:
+            raise BadCheckpoint(f"input_scale {scale} is no scale: the checkpoint is damaged or was not calibrated")
+        return scale
 
     def describe(self) -> str:
         """See Format."""
         scale = f"one scale{'' if self.symmetric else ' and zero point'} a {'channel' if self.group is None else f'group of {self.group}'}"
-        return f"int{self.bits}, {scale}{'' if self.activations is None else ', int8 activations'}"
+        return f"int{self.bits}, {scale}{_TOLD[self.activations]}"
 
 
 @dataclass(frozen=True)
@@ -225,7 +261,7 @@ class Fp8Block:
         if self.power_of_two:
             mantissa, exponent = torch.frexp(scale_BC)
             scale_BC = torch.ldexp(torch.ones_like(scale_BC), exponent - (mantissa == 0.5).int())
-        codes = weight / reference.spread_blocks(scale_BC, weight.shape, self.block)
+        codes = weight / spread_blocks(scale_BC, weight.shape, self.block)
         return {"weight": codes.to(torch.float8_e4m3fn), "weight_scale_inv": scale_BC}
 
     def _largest(self, weight_OI: Tensor) -> Tensor:
@@ -244,7 +280,7 @@ class Fp8Block:
 
     def decode(self, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """See Format."""
-        return reference.unpack_fp8(tensors["weight"], tensors["weight_scale_inv"], self.block, dtype)
+        return unpack_fp8(tensors["weight"], tensors["weight_scale_inv"], self.block, dtype)
 
     def matmul(self, x_TI: Tensor, tensors: Tensors, bias_O: Tensor | None) -> Tensor:
         """See Format."""

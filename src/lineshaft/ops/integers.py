@@ -58,13 +58,18 @@ def unpack(words_OJ: Tensor, bits: int) -> Tensor:
     return bytes_OI if bits == 8 else torch.stack((bytes_OI & 15, bytes_OI >> 4), -1).flatten(1)
 
 
-def rounded(x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations as 8-bit integers, one scale a token found from the token: (whole numbers from -127 to 127, scale_T1), both float32.
+def rounded(x_TI: Tensor, input_scale: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Activations as 8-bit integers: (whole numbers, scale_T1), both float32; x / scale is rounded to nearest, ties to even.
 
-    scale = max|x| / 127, and 1 where that is zero; x / scale is rounded to nearest, ties to even. A token that holds
-    something that is not a number, or infinite, gives numbers that are not.
+    Without `input_scale` a token has a scale of its own, max|x| / 127, and 1 where that is zero: numbers go from -127 to 127. With it
+    all tokens have this one, and numbers beyond -128 or 127 are cut off, as compressed-tensors has it.
+    A token that holds something that is not a number, or infinite, gives numbers that are not.
     """
     x_TI = x_TI.to(torch.float32)
-    scale_T1 = x_TI.abs().amax(-1, keepdim=True) / 127
+    largest_T1 = x_TI.abs().amax(-1, keepdim=True)
+    if input_scale:
+        scale_T1 = torch.full_like(largest_T1, input_scale).masked_fill_(~largest_T1.isfinite(), torch.nan)
+        return (x_TI / scale_T1).round_().clamp_(-128, 127), scale_T1
+    scale_T1 = largest_T1 / 127
     scale_T1.masked_fill_(scale_T1 == 0, 1)
     return (x_TI / scale_T1).round_().clamp_(-127, 127), scale_T1

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lineshaft.ops import packing, table
-from lineshaft.ops.formats import Dense, Format, Integer
+from lineshaft.ops.formats import Dense, Format, Fp8Block, Integer
 from lineshaft.ops.packing import Shape
 
 
@@ -22,13 +22,16 @@ class Packed:
     shape: Shape
     whole: bool = False
     """Activations are rounded to 8 bits, as the origin means it."""
+    input_scale: float = 0.0
+    """Of those, the same for all tokens; 0: each has its own."""
     wide: bool = False
     """Results are float32, whatever activations are: for logits, where bf16 would leave ties between the best tokens."""
     tensor_names: tuple[str, ...] = ("packed",)
 
     def encode(self, weight_OI: Tensor) -> dict[str, Tensor]:
         """See Format."""
-        made = packed_of(self.origin, self.origin.encode(weight_OI))
+        plain = replace(self.origin, activations=None) if isinstance(self.origin, Integer) else self.origin  # it is laid out alike
+        made = packed_of(plain, plain.encode(weight_OI))
         assert made is not None
         return {"packed": made[1]}
 
@@ -42,7 +45,7 @@ class Packed:
 
     def matmul(self, x_TI: Tensor, tensors: Mapping[str, Tensor], bias_O: Tensor | None) -> Tensor:
         """See Format."""
-        return table.packed_linear(x_TI, tensors["packed"], self.shape, bias_O, self.whole, self.wide)
+        return table.packed_linear(x_TI, tensors["packed"], self.shape, bias_O, self.whole, self.wide, self.input_scale)
 
     def describe(self) -> str:
         """See Format."""
@@ -105,8 +108,10 @@ def packed_of(fmt: Format, tensors: Mapping[str, Tensor], wide: bool = False) ->
     """The packed form of a weight, `wide` as in Packed; None where the kernels can't take it."""
     if isinstance(fmt, Dense):
         made = packing.pack_dense(tensors["weight"].detach())
-    elif isinstance(fmt, Integer):
-        made = packing.pack_coded(fmt.integers(tensors), fmt.bits)
-    else:
+        return None if made is None else (Packed(fmt, made[0], wide=wide), made[1])
+    if isinstance(fmt, Fp8Block):
+        made = packing.pack_fp8(tensors["weight"], tensors["weight_scale_inv"], fmt.block)
+        return None if made is None else (Packed(fmt, made[0], wide=wide), made[1])
+    if not isinstance(fmt, Integer) or (made := packing.pack_coded(fmt.integers(tensors), fmt.bits)) is None:
         return None
-    return None if made is None else (Packed(fmt, made[0], isinstance(fmt, Integer) and fmt.activations is not None, wide), made[1])
+    return Packed(fmt, made[0], fmt.activations is not None, fmt.input_scale(tensors), wide), made[1]

@@ -1,6 +1,6 @@
 """How weights lie in memory for the native kernels, in PyTorch: the reference of native/src/packed.h.
 
-Outputs in groups of 64; within a group, inputs in rows of 256 bytes: 64 outputs by 1 (float32), 2 (bf16), 4 (8 bits) or 8
+Outputs in groups of 64; within a group, inputs in rows of 256 bytes: 64 outputs by 1 (float32), 2 (bf16), 4 (8 bits, FP8 too) or 8
 (4 bits) neighbouring inputs. Before the rows of each group of inputs that shares a scale, codes carry 64 float32 scales
 and, where zero points differ, 64 bytes of them.
 
@@ -21,9 +21,9 @@ from lineshaft.base.pages import place
 from lineshaft.ops.integers import Integers
 from lineshaft.ops.isa import library
 
-Kind = Literal["float32", "bfloat16", "int8", "int4"]
-KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4")
-_INPUTS = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8}
+Kind = Literal["float32", "bfloat16", "int8", "int4", "float8"]
+KINDS: tuple[Kind, ...] = ("float32", "bfloat16", "int8", "int4", "float8")
+_INPUTS = {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8, "float8": 4}
 _MIDDLE = {"int8": 128, "int4": 8}
 _GROUP, _ROW = 64, 256
 
@@ -38,7 +38,7 @@ class Shape:
     scale_inputs: int = 0
     """Inputs that share a scale; 0 for dense weights."""
     zeros: bool = False
-    """Zero points are stored; else they are 128 (int8) or 8 (int4)."""
+    """Zero points are stored; else they are 128 (int8) or 8 (int4); FP8 has none."""
 
     @property
     def fits(self) -> bool:
@@ -104,6 +104,26 @@ def pack_coded(weight: Integers, bits: int) -> tuple[Shape, Tensor] | None:
     return shape, out
 
 
+def pack_fp8(weight_OI: Tensor, scale_BC: Tensor, block: tuple[int, int]) -> tuple[Shape, Tensor] | None:
+    """float8_e4m3fn weights with one scale a block of outputs x inputs, packed: uint8, a scale an output and block of inputs.
+
+    None where the blocks along the inputs are not alike, or the kernels can't take the shape, or a weight is not a number: the
+    kernels have no way to say that one.
+    """
+    outputs, inputs = weight_OI.shape
+    codes_OI = weight_OI.view(torch.uint8)
+    shape = Shape("float8", inputs, outputs, min(block[1], inputs))
+    if not shape.fits or inputs % shape.scale_inputs or ((codes_OI & 127) == 127).any():
+        return None
+    scale_OG = scale_BC.float().repeat_interleave(block[0], 0)[:outputs].contiguous()
+    native = library()
+    if native is None:
+        return shape, _coded(codes_OI, scale_OG, torch.zeros_like(scale_OG, dtype=torch.uint8), shape)
+    codes_OI, out = codes_OI.contiguous(), _memory(native.packed_bytes(*shape.native))
+    native.pack_coded(*shape.native, codes_OI.data_ptr(), scale_OG.data_ptr(), codes_OI.data_ptr(), out.data_ptr())
+    return shape, out
+
+
 def unpack(packed: Tensor, shape: Shape) -> Tensor:
     """The weight [O, I] again: as it was when dense, else in float32."""
     wide, groups = _INPUTS[shape.kind], -(-shape.outputs // _GROUP)
@@ -115,8 +135,12 @@ def unpack(packed: Tensor, shape: Shape) -> Tensor:
         return bytes_NOGRB.view(groups * _GROUP, -1).view(dtype)[: shape.outputs].clone()
     if shape.kind == "int4":
         bytes_NOGRB = torch.cat([bytes_NOGRB & 15, bytes_NOGRB >> 4], -1)
-    codes_NOGK = bytes_NOGRB.reshape(groups, _GROUP, shape.scales, -1, wide).flatten(3).float()
+    bytes_NOGK = bytes_NOGRB.reshape(groups, _GROUP, shape.scales, -1, wide).flatten(3)
     scale_NGO = parts[..., : 4 * _GROUP].contiguous().view(torch.float32)
+    if shape.kind == "float8":
+        weight = bytes_NOGK.view(torch.float8_e4m3fn).float() * scale_NGO.transpose(1, 2)[..., None]
+        return weight.reshape(groups * _GROUP, -1)[: shape.outputs]
+    codes_NOGK = bytes_NOGK.float()
     zero_NGO = parts[..., 4 * _GROUP : shape.header].float() if shape.zeros else torch.full_like(scale_NGO, _MIDDLE[shape.kind])
     weight = (codes_NOGK - zero_NGO.transpose(1, 2)[..., None]) * scale_NGO.transpose(1, 2)[..., None]
     return weight.reshape(groups * _GROUP, -1)[: shape.outputs]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lineshaft.ops import coded_pages
 from lineshaft.ops.experts import Feeds, Rule, affinity, routed
+from lineshaft.ops.fp8 import unpack_fp8
 from lineshaft.ops.integers import integers, rounded
 from lineshaft.ops.packing import Shape, unpack
 from lineshaft.ops.reach import Reach, Span, Window
@@ -27,7 +28,7 @@ Fewer waste fewer keys on those that only one of them sees; from 192 on PyTorch'
 """
 
 EXACT_INPUTS = 1024
-"""Products of whole numbers up to 127 and 128 that float32 adds up exactly in any order: 1024 * 127 * 128 < 2^24."""
+"""Products of whole numbers up to 128 and 128 that float32 adds up exactly in any order: 1024 * 128 * 128 = 2^24."""
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -43,13 +44,15 @@ def linear_int(x_TI: Tensor, codes: Tensor, scale_OG: Tensor, zero_XG: Tensor | 
     return F.linear(x_TI, integers(codes, scale_OG, zero_XG, bits).decode(x_TI.dtype), bias_O)
 
 
-def linear_int_a8(x_TI: Tensor, codes: Tensor, scale_OG: Tensor, zero_XG: Tensor | None, bits: int, bias_O: Tensor | None) -> Tensor:
-    """`linear_int` with activations rounded to 8 bits, one scale a token (`integers.rounded`).
+def linear_int_a8(
+    x_TI: Tensor, codes: Tensor, scale_OG: Tensor, zero_XG: Tensor | None, bits: int, bias_O: Tensor | None, input_scale: float = 0.0
+) -> Tensor:
+    """`linear_int` with activations rounded to 8 bits, by a scale a token or by `input_scale` (`integers.rounded`).
 
     scale_T * sum over groups of scale_OG * (sum of q * (code - zero) over the group) + b: inner sums are exact, the rest is
     in float64, group after group, and is rounded to the dtype of x at the end. So a row's bits don't depend on its company.
     """
-    weight, (q_TI, scale_T1) = integers(codes, scale_OG, zero_XG, bits), rounded(x_TI)
+    weight, (q_TI, scale_T1) = integers(codes, scale_OG, zero_XG, bits), rounded(x_TI, input_scale)
     total_TO = torch.zeros(len(q_TI), len(scale_OG), dtype=torch.float64, device=x_TI.device)
     width = q_TI.shape[1] // scale_OG.shape[1]
     for start in range(0, q_TI.shape[1], width):
@@ -68,16 +71,6 @@ def linear_fp8(x_TI: Tensor, weight_OI: Tensor, scale_BC: Tensor, block: tuple[i
     scale_BC: [O / block[0], I / block[1]] rounded up: blocks at the edges may be smaller. Result [T, O] in the dtype of x.
     """
     return F.linear(x_TI, unpack_fp8(weight_OI, scale_BC, block, x_TI.dtype), bias_O)
-
-
-def unpack_fp8(weight_OI: Tensor, scale_BC: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weights that `linear_fp8` multiplies by: code * scale in float32, then `dtype`."""
-    return weight_OI.float().mul_(spread_blocks(scale_BC.float(), weight_OI.shape, block)).to(dtype)
-
-
-def spread_blocks(scale_BC: Tensor, shape: torch.Size, block: tuple[int, int]) -> Tensor:
-    """One number a block as one number an element of `shape`, the blocks at the edges cut."""
-    return scale_BC.repeat_interleave(block[0], 0)[: shape[0]].repeat_interleave(block[1], 1)[:, : shape[1]]
 
 
 def rms_norm(x_TI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
@@ -215,12 +208,14 @@ def paged_chosen_mla(q_THC: Tensor, q_rope_THR: Tensor, pages: Tensor, table: Te
     return attention(torch.cat([q_THC, q_rope_THR], -1), entries_UE, entries_UE, seen_TU, scale)[..., : q_THC.shape[-1]]
 
 
-def packed_linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, whole: bool, wide: bool = False) -> Tensor:
+def packed_linear(
+    x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, whole: bool, wide: bool = False, input_scale: float = 0.0
+) -> Tensor:
     """x W^T + b for a weight laid out as ops/packing.py has it. Result [T, O] in the dtype of x, or float32 if `wide`.
 
-    `whole`: activations are rounded to 8 bits first (`integers.rounded`).
+    `whole`: activations are rounded to 8 bits first, by a scale a token or by `input_scale` (`integers.rounded`).
     """
-    q_TI, scale_T1 = rounded(x_TI) if whole else (x_TI.float(), torch.ones(1, 1))
+    q_TI, scale_T1 = rounded(x_TI, input_scale) if whole else (x_TI.float(), torch.ones(1, 1))
     product_TO = F.linear(q_TI, unpack(packed, shape).float()) * scale_T1
     return (product_TO if bias_O is None else product_TO + bias_O.float()).to(torch.float32 if wide else x_TI.dtype)
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineshaft.ops import reference
 from lineshaft.ops.experts import Rule, routed
+from lineshaft.ops.fp8 import unpack_fp8
 from lineshaft.ops.integers import integers
 
 ROWS = 4
@@ -44,7 +44,7 @@ def linear_int(x_TI: Tensor, codes: Tensor, scale_OG: Tensor, zero_XG: Tensor | 
 
 def linear_fp8(x_TI: Tensor, weight_OI: Tensor, scale_BC: Tensor, block: tuple[int, int], bias_O: Tensor | None) -> Tensor:
     """See `reference.linear_fp8`."""
-    return linear(x_TI, reference.unpack_fp8(weight_OI, scale_BC, block, x_TI.dtype), bias_O)
+    return linear(x_TI, unpack_fp8(weight_OI, scale_BC, block, x_TI.dtype), bias_O)
 
 
 def silu_mul(gate_TI: Tensor, up_TI: Tensor) -> Tensor:

@@ -142,9 +142,11 @@ def linear_int(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bit
     return kernel("linear_int", x)(x, codes, scale, zero, bits, bias)
 
 
-def linear_int_a8(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, bias: Tensor | None) -> Tensor:
+def linear_int_a8(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, bias: Tensor | None, input_scale: float = 0.0
+) -> Tensor:
     """See `reference.linear_int_a8`."""
-    return kernel("linear_int_a8", x)(x, codes, scale, zero, bits, bias)
+    return kernel("linear_int_a8", x)(x, codes, scale, zero, bits, bias, input_scale)
 
 
 def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, block: tuple[int, int], bias: Tensor | None) -> Tensor:
@@ -237,9 +239,11 @@ def tile_mla(q: Tensor, pages: Tensor, slots: Tensor, seen: Tensor, scale: float
     return kernel("tile_mla", q)(q, pages, slots, seen, scale, latent)
 
 
-def packed_linear(x: Tensor, packed: Tensor, shape: Shape, bias: Tensor | None, whole: bool, wide: bool = False) -> Tensor:
+def packed_linear(
+    x: Tensor, packed: Tensor, shape: Shape, bias: Tensor | None, whole: bool, wide: bool = False, input_scale: float = 0.0
+) -> Tensor:
     """See `reference.packed_linear`."""
-    return kernel("packed_linear", x)(x, packed, shape, bias, whole, wide)
+    return kernel("packed_linear", x)(x, packed, shape, bias, whole, wide, input_scale)
 
 
 def write_pages(pages: Tensor, slots: Tensor, entry: Tensor) -> Tensor:

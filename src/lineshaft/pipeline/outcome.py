@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lineshaft.base.store import Artifact
-from lineshaft.evaluate.compared import Compared, compared
+from lineshaft.evaluate.compared import compared
+from lineshaft.evaluate.lost import Compared
 from lineshaft.records.exchange import Exchange, Timing, read_exchanges
 from lineshaft.records.report import Measured, Report, read_report
 
@@ -86,8 +88,9 @@ class Outcome:
             found.append(Variant(node.name.removeprefix("evaluate_"), node, report, measured, checkpoints.get(report.subject)))
         return sorted(found, key=lambda variant: variant.compressed)
 
+    @cached_property
     def comparisons(self) -> list[tuple[str, Compared]]:
-        """Each compressed variant beside the first one: its label, and what it lost."""
+        """Each compressed variant beside the first one: its label, and what it lost. Kept, as resampling takes half a second for each."""
         variants = self.variants()
         pairs = [(item.label, compared(variants[0].node.artifact, item.node.artifact)) for item in variants[1:]]
         return [(label, found) for label, found in pairs if found is not None]

@@ -16,13 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lineshaft.base.catalogue import CATALOGUE
+from lineshaft.pipeline.lost import COMPARED_AT_ONCE, STYLES, print_lost
 from lineshaft.pipeline.outcome import Outcome, Variant
 from lineshaft.pipeline.page.page import bigram_sentence
 from lineshaft.pipeline.page.units import cell, change, duration, heading, percent, printable
-
-COMPARED_AT_ONCE = 2
-"""Compressed variants in one table: more would not fit into 100 columns, so they get a table of their own."""
-_STYLES = {"better": "green", "worse": "yellow", "": "dim"}
 
 
 def print_summary(outcome: Outcome, console: Console, *, page: Path | None = None) -> None:
@@ -34,9 +31,11 @@ def print_summary(outcome: Outcome, console: Console, *, page: Path | None = Non
     for first in range(0, max(1, len(rest)), COMPARED_AT_ONCE) if variants else ():
         console.print()
         console.print(_metrics(variants[0], rest[first : first + COMPARED_AT_ONCE]))
+    if outcome.comparisons:
+        console.print()
+        print_lost(variants[0].label, outcome.comparisons, console)
     console.print()
-    lost = [f"{label} against {variants[0].label}: {found.sentence()}" for label, found in outcome.comparisons()]
-    for sentence in (*lost, bigram_sentence(variants), dropped_sentence(outcome)):
+    for sentence in (bigram_sentence(variants), dropped_sentence(outcome)):
         if sentence:
             console.print(Text(printable(sentence)))
     for exchange, _ in outcome.exchanges():
@@ -64,7 +63,7 @@ def summary_json(outcome: Outcome) -> dict[str, Any]:
             | {"metrics": item.metrics, "notes": item.report.notes}
             for item in outcome.variants()
         ],
-        "comparisons": [{"name": label} | found.table() for label, found in outcome.comparisons()],
+        "comparisons": [{"name": label} | found.table() for label, found in outcome.comparisons],
         "exchanges": [exchange.model_dump() | timing.model_dump() for exchange, timing in outcome.exchanges()],
     }
 
@@ -115,7 +114,7 @@ def _cells(name: str, base: Variant, others: Sequence[Variant]) -> list[Text]:
             cells.append(Text(""))
             continue
         moved = change(name, before, after)
-        cells.append(Text(f"{moved.text:>8} {moved.verdict}".rstrip(), _STYLES[moved.verdict]))
+        cells.append(Text(f"{moved.text:>8} {moved.verdict}".rstrip(), STYLES[moved.verdict]))
     return cells
 
 

@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from lineshaft.compress.config import CompressConfig
 from lineshaft.compress.stage import compress
-from lineshaft.data.tokenizer import WORD_PATTERN
 from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
+from lineshaft.text.cuts import CUTS as OURS
 from lineshaft.text.tokenizer import byte_alphabet
 
 Options = dict[str, Any]
@@ -91,7 +91,7 @@ CUTS: dict[str, tuple[list[str], Options]] = {
         {},
     ),
     "gpt-2": ([], {}),
-    "ours": ([WORD_PATTERN], {}),
+    "ours": (list(OURS["words"]), {}),
 }
 """How the published tokenizers cut texts, by llama.cpp's names, and how ours do, for which it has none."""
 

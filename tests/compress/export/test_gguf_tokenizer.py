@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from export_toys import CUTS, SPECIAL, VISIBLE, tokenizer_of, with_tokenizer
+from export_toys import CUTS, SENTENCES, SPECIAL, VISIBLE, tokenizer_of, with_tokenizer
 from tokenizers import Tokenizer
 
+from lineshaft.base.config import load
 from lineshaft.base.errors import BadCheckpoint, UnsupportedModel
 from lineshaft.compress.export.exporting import export
 from lineshaft.compress.export.gguf_tokenizer import vocabulary
+from lineshaft.data.tokenizer import TokenizerConfig, train
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.folder import load_config
 from lineshaft.text.tokenizer import byte_alphabet
@@ -52,6 +54,16 @@ def changed(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize("cut", sorted(CUTS.keys() - {"ours"}))
 def test_published_ways_of_cutting_have_their_names(cut: str, folder: Path, config: ModelConfig) -> None:
     assert vocabulary(with_tokenizer(folder, cut), config)["tokenizer.ggml.pre"] == cut
+
+
+@pytest.mark.parametrize(("cut", "name"), [("llama3", "smaug-bpe"), ("qwen2", "qwen2"), ("deepseek3", "deepseek-v3")])
+def test_tokenizers_trained_here_can_have_a_name(cut: str, name: str, folder: Path, config: ModelConfig) -> None:
+    with_tokenizer(folder, "ours")
+    trained = train(iter(SENTENCES * 9), load(TokenizerConfig, {"vocab_size": 400, "cut": cut}))
+    (folder / "tokenizer.json").write_text(trained.to_str(), encoding="utf-8")
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(said | {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}))
+    assert vocabulary(folder, config)["tokenizer.ggml.pre"] == name
 
 
 def test_a_way_of_cutting_without_a_name_is_refused(folder: Path, config: ModelConfig) -> None:

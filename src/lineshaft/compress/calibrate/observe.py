@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lineshaft.compress.ranges import Histogram
 from lineshaft.model.linear import Linear
 
 SAMPLE = 1024
@@ -25,6 +26,7 @@ class Wanted:
 
     gram: bool = False
     sample: bool = False
+    histogram: bool = False
 
 
 class Inputs:
@@ -39,6 +41,8 @@ class Inputs:
         """Sum of x x^T, float32."""
         self._sample: list[Tensor] | None = [] if wanted.sample else None
         self._stride = 1
+        self.histogram = Histogram() if wanted.histogram else None
+        """Of the magnitudes of all numbers."""
 
     @property
     def mean_I(self) -> Tensor:
@@ -61,6 +65,8 @@ class Inputs:
         if self.gram_II is not None:
             wide_TI = x_TI.float()
             self.gram_II.addmm_(wide_TI.T, wide_TI)
+        if self.histogram is not None:
+            self.histogram.add(x_TI)
         if self._sample is not None:
             self._sample.append(x_TI[-self.tokens % self._stride :: self._stride].to(torch.float32, copy=True))
         self.tokens += len(x_TI)

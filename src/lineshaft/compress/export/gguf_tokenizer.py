@@ -15,23 +15,15 @@ from lineshaft.base.errors import BadCheckpoint, UnsupportedModel
 from lineshaft.base.terminal import say
 from lineshaft.compress.export.gguf_metadata import Value
 from lineshaft.model.config import ModelConfig
+from lineshaft.text.cuts import CUTS
 from lineshaft.text.tokenizer import CONFIG_FILE, TOKENIZER_FILE, Tokenizer, byte_alphabet
 
-_ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3, _QWEN2 = (_ENGLISH + digits + _REST for digits in (r"\p{N}{1,3}", r"\p{N}"))
-_DEEPSEEK3 = (
-    r"\p{N}{1,3}",
-    "[一-龥\u3040-ゟ゠-ヿ]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
-    r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
 _GPT2 = "the pattern of GPT-2"
 _NAMES: Mapping[tuple[tuple[str, ...], bool], str] = {
-    ((_LLAMA3,), True): "llama-bpe",
-    ((_LLAMA3,), False): "smaug-bpe",
-    ((_QWEN2,), False): "qwen2",
-    (_DEEPSEEK3, False): "deepseek-v3",
+    (CUTS["llama3"], True): "llama-bpe",
+    (CUTS["llama3"], False): "smaug-bpe",
+    (CUTS["qwen2"], False): "qwen2",
+    (CUTS["deepseek3"], False): "deepseek-v3",
     ((_GPT2,), False): "gpt-2",
 }
 """(patterns one after another, does a word that is a token stay whole whatever the merges say) to llama.cpp's name."""
@@ -107,8 +99,9 @@ def _cut(table: Mapping[str, Any], whole_words: bool) -> str:
     if last.get("use_regex", True):
         patterns += (_GPT2,)
     if (name := _NAMES.get((patterns, whole_words))) is None:
-        known = ", ".join(sorted(_NAMES.values()))
-        raise _refused(f"texts are cut in a way that llama.cpp has no name for (pre_tokenizer, ignore_merges; known: {known})")
+        ours = " and ".join(sorted(CUTS.keys() - {"words"}))
+        known = f"known: {', '.join(sorted(_NAMES.values()))}; of tokenizers trained here those with tokenizer.cut {ours}"
+        raise _refused(f"texts are cut in a way that llama.cpp has no name for (pre_tokenizer, ignore_merges; {known})")
     return name
 
 

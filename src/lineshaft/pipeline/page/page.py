@@ -18,6 +18,7 @@ from markupsafe import Markup
 from lineshaft.base.catalogue import CATALOGUE
 from lineshaft.base.config import flatten
 from lineshaft.base.files import full_disk_told, write_atomic
+from lineshaft.pipeline.lost import lost_rows, lost_sentences
 from lineshaft.pipeline.outcome import Node, Outcome, Variant
 from lineshaft.pipeline.page.lineage import lineage_figure
 from lineshaft.pipeline.page.plots import dropped_figure, latency_figure, loss_figure, quality_figure
@@ -80,7 +81,9 @@ def render_page(outcome: Outcome) -> str:
         lineage=lineage_figure(outcome),
         rows=metric_rows(variants),
         notes=notes(variants),
-        comparisons=outcome.comparisons(),
+        compared=[label for label, _ in outcome.comparisons],
+        lost=lost_rows(outcome.comparisons),
+        lost_sentences=lost_sentences(outcome.comparisons),
         machines=machines(variants),
         exchanges=outcome.exchanges(),
     )
