@@ -59,6 +59,8 @@ svg { font: 12px system-ui, -apple-system, "Segoe UI", "Noto Sans", sans-serif; 
 .s2 { stroke: #6fd08c; } }
 """
 _TITLE = 30.0
+MOST_BITS = 9
+"""Drawn: beyond it nothing is to be seen."""
 
 
 @dataclass(frozen=True)
@@ -195,28 +197,51 @@ def report(bench: Bench, family: str) -> Iterator[tuple[str, Held | dict[str, fl
 
 
 def picture(drawn: Mapping[str, tuple[dict[str, Held], list[tuple[float, float]]]]) -> str:
-    """For each model the forecast curve, and what plans, presets and single formats measured on held-out text, as an SVG file."""
+    """For each model what plans, presets and single formats measured on held-out text, as an SVG file: divergence and the forecast curve,
+    and the rise of the loss with its interval."""
     root, top = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "width": f"{WIDTH:g}"}), 0.0
     SubElement(root, "style").text = _STYLE
     SubElement(root, "rect", {"class": "ground", "width": "100%", "height": "100%"})
     for family, (points, curve) in drawn.items():
-        shown = {name: (held.bits, float(np.log10(held.nats))) for name, held in points.items() if held.bits <= 9}
-        line = [(bits, float(np.log10(nats))) for bits, nats in curve if bits <= 9 and nats > 0]
-        every = [*shown.values(), *line]
-        axes = Axis.over("bits a weight", [x for x, _ in every]), Axis.over("divergence, log10 of nats a token", [y for _, y in every])
-        legend = [("forecast of the plan by kl", 0), ("plans, held-out text", 1), ("presets and single formats, held-out text", 2)]
-        plot = Plot(
-            f"{family}-bits", f"{family}: bits and damage", "; ".join(f"{name}: {point}" for name, point in points.items()), *axes, legend
-        )
-        plot.line(line, 0)
-        for name, point in shown.items():
-            plot.marker(point, 1 if name.startswith("plan") else 2, f"{name}: {points[name]}")
-        SubElement(root, "text", {"class": "title", "x": "8", "y": f"{top + 20:g}"}).text = f"{family}: what bits are worth"
-        plot.root.set("y", f"{top + _TITLE:g}")
-        root.append(plot.root)
-        top += plot.height + _TITLE
+        shown = {name: held for name, held in points.items() if held.bits <= MOST_BITS}
+        for told, plot in (("what bits are worth", _divergence(family, shown, curve)), ("what they cost in loss", _loss(family, shown))):
+            SubElement(root, "text", {"class": "title", "x": "8", "y": f"{top + 20:g}"}).text = f"{family}: {told}"
+            plot.root.set("y", f"{top + _TITLE:g}")
+            plot.root.set("height", f"{plot.height:g}")  # else it is as high as all of them, and its last line is cut off
+            root.append(plot.root)
+            top += plot.height + _TITLE
     root.set("viewBox", f"0 0 {WIDTH:g} {top:g}")
     return tostring(root, encoding="unicode") + "\n"
+
+
+def _series(name: str) -> int:
+    return 1 if name.startswith("plan") else 2
+
+
+def _divergence(family: str, points: Mapping[str, Held], curve: Sequence[tuple[float, float]]) -> Plot:
+    places = {name: (held.bits, float(np.log10(held.nats))) for name, held in points.items()}
+    line = [(bits, float(np.log10(nats))) for bits, nats in curve if bits <= MOST_BITS and nats > 0]
+    every = [*places.values(), *line]
+    axes = Axis.over("bits a weight", [x for x, _ in every]), Axis.over("divergence, log10 of nats a token", [y for _, y in every])
+    legend = [("forecast of the plan by kl", 0), ("plans, held-out text", 1), ("presets and single formats, held-out text", 2)]
+    told = "; ".join(f"{name}: {held}" for name, held in points.items())
+    plot = Plot(f"{family}-bits", f"{family}: bits and damage", told, *axes, legend)
+    plot.line(line, 0)
+    for name, place in places.items():
+        plot.marker(place, _series(name), f"{name}: {points[name]}")
+    return plot
+
+
+def _loss(family: str, points: Mapping[str, Held]) -> Plot:
+    """With the 95 % interval over documents as a bar."""
+    ends = [held.rise + side * held.interval for held in points.values() for side in (-1, 1)]
+    axes = Axis.over("bits a weight", [held.bits for held in points.values()]), Axis.over("rise of the loss, percent", ends, zero=True)
+    legend = [("plans, held-out text", 1), ("presets and single formats, held-out text", 2)]
+    plot = Plot(f"{family}-loss", f"{family}: bits and loss", "the loss behind the points above, bars: 95 %", *axes, legend)
+    for name, held in points.items():
+        plot.line([(held.bits, held.rise - held.interval), (held.bits, held.rise + held.interval)], _series(name), "line whisker")
+        plot.marker((held.bits, held.rise), _series(name), f"{name}: {held}")
+    return plot
 
 
 def main() -> None:

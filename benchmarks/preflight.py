@@ -3,8 +3,9 @@
     python benchmarks/preflight.py [TASK ...]
 
 Each runs in a process of its own, which predicts before it begins, then does the task with random weights, and reports the
-highest resident memory that the system saw (VmHWM). Calibration counts what no file holds, so there it is the highest RssAnon, looked at
-every 5 ms from outside, that is laid on what the process had at first. Needs Linux and 2 GiB of memory; takes some minutes.
+highest resident memory that the system saw (VmHWM). That counts a page twice where a file is mapped twice, as the proof of compression
+does; there it is what /proc/PID/smaps tells, each file's pages once. Calibration counts what no file holds, so there it is RssAnon, laid
+on what the process had at first. Both are looked at every 5 ms, from outside. Needs Linux and 2 GiB of memory; takes some minutes.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ WIDE = LLAMA | {"hidden_size": 768, "intermediate_size": 3072, "vocab_size": 163
 QWEN3 = WIDE | {"family": "qwen3", "attention": GQA | {"qk_norm": True}, "tie_word_embeddings": True}
 DEEPSEEK = SIZES | {"family": "deepseek_v3", "attention": MLA | {"q_lora_rank": 192}, "moe": MOE}
 MIXTRAL = SIZES | {"family": "mixtral", "attention": GQA, "moe": MOE | {"scoring_func": "softmax", "n_shared_experts": 0}}
-AHEAD = DEEPSEEK | {"num_nextn_predict_layers": 1}
+FEW = {"num_hidden_layers": 4}
+AHEAD = DEEPSEEK | FEW | {"num_nextn_predict_layers": 1}
 INT4 = {"format": "int4", "group": 64}
 
 CASES: list[dict[str, Any]] = [
@@ -80,13 +82,21 @@ CASES: list[dict[str, Any]] = [
     {"task": "distil", "model": DEEPSEEK, "student": 4, "rows": 4, "sequence_tokens": 256, "mixture": {"hidden_weight": 1.0}},
     {"task": "distil", "model": WIDE, "student": 2, "rows": 4, "sequence_tokens": 256, "format": {"group": 32}},
     {"task": "distil", "model": QWEN3, "dtype": "bfloat16", "student": 2, "rows": 2, "sequence_tokens": 512, "accumulate": 2},
-    {"task": "calibrate", "step": "gptq", "model": WIDE, "config": INT4, "sequences": 32, "sequence_tokens": 512},
-    {"task": "calibrate", "step": "gptq", "model": MIXTRAL, "dtype": "bfloat16", "config": INT4, "sequences": 64, "sequence_tokens": 512},
+    {"task": "calibrate", "step": "gptq", "model": WIDE | FEW, "config": INT4, "sequences": 32, "sequence_tokens": 512},
+    {
+        "task": "calibrate",
+        "step": "gptq",
+        "model": MIXTRAL | FEW,
+        "dtype": "bfloat16",
+        "config": INT4,
+        "sequences": 64,
+        "sequence_tokens": 512,
+    },
     {"task": "calibrate", "step": "gptq", "model": AHEAD, "config": INT4, "sequences": 32, "sequence_tokens": 256},
-    {"task": "calibrate", "step": "awq", "model": WIDE, "dtype": "bfloat16", "config": INT4, "sequences": 64, "sequence_tokens": 512},
-    {"task": "calibrate", "step": "awq", "model": MIXTRAL, "config": INT4, "sequences": 16, "sequence_tokens": 256, "length": 32},
+    {"task": "calibrate", "step": "awq", "model": WIDE | FEW, "dtype": "bfloat16", "config": INT4, "sequences": 64, "sequence_tokens": 512},
+    {"task": "calibrate", "step": "awq", "model": MIXTRAL | FEW, "config": INT4, "sequences": 16, "sequence_tokens": 256, "length": 32},
     {"task": "calibrate", "step": "awq", "model": AHEAD, "config": INT4, "sequences": 32, "sequence_tokens": 512},
-    {"task": "calibrate", "step": "smooth", "model": WIDE, "sequences": 32, "sequence_tokens": 1024},
+    {"task": "calibrate", "step": "smooth", "model": WIDE | FEW, "sequences": 32, "sequence_tokens": 1024},
     {"task": "calibrate", "step": "smooth", "model": AHEAD, "dtype": "bfloat16", "sequences": 64, "sequence_tokens": 512, "length": 64},
     {"task": "budget", "model": WIDE, "config": {"bits": 6, "rows": 2}},
     {"task": "budget", "model": WIDE, "config": {"bits": 6, "rows": 2, "measure": "fisher"}},
@@ -101,8 +111,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             if case["task"] != "train":
                 child("write", case, folder)
-            (own, predicted, measured), anonymous = child("run", case, folder)
-            measured += anonymous * (case["task"] == "calibrate")
+            (own, predicted, measured), seen = child("run", case, folder)
+            measured += seen
         ratio, beyond = predicted / measured, (predicted - own) / (measured - own)
         told = {name: value for name, value in case.items() if name not in ("task", "model")}
         shown = f"predicted {predicted >> 20:5} MiB  measured {measured >> 20:5} MiB  ratio {ratio:.3f}  without the process {beyond:.3f}"
@@ -110,7 +120,7 @@ def main() -> None:
 
 
 def child(what: str, case: dict[str, Any], folder: str) -> tuple[list[int], int]:
-    """Run one step in a fresh process; what it printed, and the most anonymous memory that it had."""
+    """Run one step in a fresh process; what it printed, and the most memory of the task's kind that it had."""
     env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     command, pipe, peak = [sys.executable, __file__, "--child", what, folder], subprocess.PIPE, 0
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) as running:
@@ -118,7 +128,7 @@ def child(what: str, case: dict[str, Any], folder: str) -> tuple[list[int], int]
         running.stdin.write(json.dumps(case))
         running.stdin.close()
         while running.poll() is None:
-            peak = max(peak, anonymous_memory(running.pid))
+            peak = max(peak, WATCHED[case["task"]](running.pid)) if what == "run" and case["task"] in WATCHED else 0
             time.sleep(0.005)
         printed = running.stdout.read()
     if running.returncode:
@@ -128,8 +138,31 @@ def child(what: str, case: dict[str, Any], folder: str) -> tuple[list[int], int]
 
 def anonymous_memory(process: int) -> int:
     """What it holds that no file does; 0 when it has ended."""
-    found = [line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("RssAnon")]
+    try:
+        found = [line for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("RssAnon")]
+    except OSError:
+        return 0
     return int(found[0].split()[1]) * 1024 if found else 0
+
+
+def resident_once(process: int) -> int:
+    """All its pages, those of a checkpoint's file that is mapped several times once; 0 when it has ended."""
+    total, files, name = 0, dict[str, int](), ""
+    try:
+        lines = Path(f"/proc/{process}/smaps").read_text().splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        if line.startswith("Rss:"):
+            size = int(line.split()[1]) * 1024
+            total += 0 if ".safetensors" in name else size
+            files[name] = max(files.get(name, 0), size)
+        elif "-" in line.split(" ", 1)[0]:
+            name = (line.split(maxsplit=5) + [""] * 6)[5]
+    return total + sum(size for name, size in files.items() if ".safetensors" in name)
+
+
+WATCHED = {"calibrate": anonymous_memory, "compress": resident_once, "budget": resident_once}
 
 
 def write(case: dict[str, Any], folder: Path) -> None:
@@ -146,7 +179,8 @@ def run(case: dict[str, Any], folder: Path) -> list[int]:
     """[own memory before, predicted, measured] of one case."""
     before = anonymous_memory(os.getpid())
     verdict = TASKS[case["task"]](case, folder)
-    return [verdict.own, verdict.needs, verdict.own - before if case["task"] == "calibrate" else peak_memory_bytes()]
+    seen_by_us = {"calibrate": verdict.own - before, "compress": 0, "budget": 0}
+    return [verdict.own, verdict.needs, seen_by_us.get(case["task"], peak_memory_bytes())]
 
 
 class RandomBatches:
@@ -200,7 +234,7 @@ def compress_case(case: dict[str, Any], folder: Path) -> Verdict:
     before = remember(model, folder)
     compress(model, config)
     save_checkpoint(model, folder / "made", folder)
-    prove(before, model, folder / "made", config.tolerated_nats)
+    prove(before, model, folder / "made", Tolerance(config.tolerated_nats))
     return verdict
 
 
