@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from filled import filled
+from scipy.stats import spearmanr
 from shapes import SHAPES
 from texts import Documents, batch, divergence, documents, logits_of_each
 from torch import Tensor
@@ -20,12 +21,15 @@ from torch import Tensor
 from lineshaft.base.errors import ConfigError
 from lineshaft.compress.config import coding
 from lineshaft.compress.estimates import fisher, gradient
+from lineshaft.compress.prune import squared_gradients, worth
 from lineshaft.compress.sensitivity import Damage, divergences
 from lineshaft.compress.ties import Unit, units
 from lineshaft.model.attend import PackedCausal
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.decoder import Decoder
+from lineshaft.model.units import Units
 from lineshaft.train.batches import IGNORE, Batch
+from lineshaft.train.objective import NextToken
 
 FORMATS = ["dense", "int8", "int4", "int4-8", "int8-4-a8"]
 FAMILIES = ["llama-biased", "llama-tied", "qwen2-moe", "deepseek-v3", "deepseek-v3-added", "deepseek-v3-mtp", "deepseek-v32"]
@@ -190,6 +194,30 @@ def test_estimates_rank_the_layers_of_a_trained_model_as_the_truth_does() -> Non
     assert rank_correlation(*([number for name in formats for number in column(damage, name)] for damage in (true, slopes))) >= 0.8
     ratios = np.array(column(squares, "int4-8")) / np.array(column(true, "int4-8"))
     assert 0.8 < np.median(ratios) < 1.25, "the estimate is in nats, too"
+
+
+def test_worth_ranks_channels_and_heads_as_taking_one_out_does() -> None:
+    """The truth: chances on other text with what reads the unit reading zeros."""
+    model, rows = trained()
+    model, texts = copy.deepcopy(model), letter_line.documents(2000, 24)
+    found = squared_gradients(model, [*rows, *(batch(letter_line.documents(1100 + row, 12)) for row in range(12))], NextToken())
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    before = logits_of_each(model, texts)
+    for kind, least in (("channels", 0.9), ("heads", 0.5)):  # of channels there are 160, of heads 8: one pair turned round is 0.02
+        blocks = [block for block in model.units() if block.kind == kind]
+        true = [divergence(before, without(model, block, unit, texts)) for block in blocks for unit in range(block.count)]
+        guess = torch.cat([worth(block, weights, found) for block in blocks]).tolist()
+        assert spearmanr(true, guess).statistic >= least, kind
+
+
+def without(model: Decoder, block: Units, unit: int, texts: Documents) -> Tensor:
+    (place,) = block.readers
+    own = model.state_dict()[place.tensor].movedim(place.axis, 0).unflatten(0, (block.count, -1))[unit]
+    kept = own.clone()
+    own.zero_()
+    answers = logits_of_each(model, texts)
+    own.copy_(kept)
+    return answers
 
 
 @pytest.mark.parametrize("fragile", ["model.layers.0.self_attn.v_proj", "model.layers.2.mlp.up_proj", "model.layers.3.self_attn.o_proj"])
