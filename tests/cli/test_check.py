@@ -167,7 +167,7 @@ def test_every_step_of_compression_can_be_checked(billion: Path, step: str) -> N
 
 def test_a_step_without_a_forecast_is_told_and_so_is_one_that_is_none(billion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, told = check(billion, "--task", "compress", "--set", "compress.step=shrink")
-    assert (code, "one of round, gptq, awq, smooth, budget" in told) == (2, True)
+    assert (code, "one of round, gptq, awq, smooth, static, budget" in told) == (2, True)
     monkeypatch.setattr(forecasts, "FORECASTS", {"round": forecasts.FORECASTS["round"]})
     code, told = check(billion, "--task", "compress", "--set", "compress.step=awq")
     assert (code, told) == (2, '"compress.step": awq has no memory forecast; those of round can be checked')

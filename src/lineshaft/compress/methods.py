@@ -56,7 +56,9 @@ class Gptq:
     def treat(self, part: Part, seen: Mapping[str, Inputs]) -> dict[str, Tensor]:
         """See Method. A layer that no token came to is rounded to nearest."""
         factors: dict[int, Factor] = {}  # gate and up share one, and so do query, key and value
-        for name, linear in sorted(_chosen(part, self.config).items(), key=lambda item: id(seen.get(item[0]))):
+        turns: dict[int, int] = {}  # so what they share is factored once, even where another layer stands between them
+        chosen = _chosen(part, self.config).items()
+        for name, linear in sorted(chosen, key=lambda item: turns.setdefault(id(seen.get(item[0])), len(turns))):
             fmt = self.format_of(name)
             assert isinstance(fmt, Integer)
             with _told(name):
