@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lineshaft.compress import awq
 from lineshaft.compress.awq import LEAST_CLIP, Reader, clipped, search
 from lineshaft.compress.gptq import Factor, gptq
 from lineshaft.model.junction import Port
@@ -59,6 +60,20 @@ def test_the_search_finds_the_best_of_both_kinds(fmt: Integer) -> None:
     s_C, share = search([Reader(Port("any"), weight_OI, fmt, x_TI, len(x_TI))], x_TI.abs().mean(0), points)
     assert share == pytest.approx(min(errors) / errors[0], rel=1e-4)
     assert by_scales(x_TI, weight_OI, fmt, s_C) == pytest.approx(min(errors), rel=1e-4)
+
+
+def test_tiles_of_a_weight_and_a_part_of_the_sample_judge_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_TI, weight_OI, fmt = planted(4 * 20 + 19), numbers(48, 64), Integer(4, 16)
+    mean_C, readers = x_TI.abs().mean(0), [Reader(Port("any"), weight_OI, fmt, x_TI, 1000)]
+    whole, codes = search(readers, mean_C), clipped(weight_OI, fmt, x_TI)
+    monkeypatch.setattr(awq, "TILE", 7 * 64)  # 48 rows are no multiple of 7
+    tiled_C, share = search(readers, mean_C)
+    assert torch.equal(tiled_C, whole[0]) and share == pytest.approx(whole[1], rel=1e-5)
+    assert all(torch.equal(tensor, codes[name]) for name, tensor in clipped(weight_OI, fmt, x_TI).items())
+    monkeypatch.setattr(awq, "SEARCHED", 20)
+    s_C, share = search(readers, mean_C)
+    few_TI = x_TI[::4]  # 99 tokens are 20 four times, and 19 over
+    assert share == pytest.approx(by_scales(few_TI, weight_OI, fmt, s_C) / by_scales(few_TI, weight_OI, fmt, torch.ones(64)), rel=1e-4)
 
 
 def test_readers_count_by_their_tokens_and_by_the_channels_they_read() -> None:

@@ -105,7 +105,7 @@ def _build_smooth(draft: Draft, config: SmoothConfig) -> None:
 
 _PARENTS: Mapping[str, Kind] = {"checkpoint": "checkpoint", "tokens": "tokens"}
 
-GPTQ = Stage(name="gptq", kind="checkpoint", version=1, config=GptqConfig, build=_build_gptq, parents=_PARENTS, settle=_settle)
+GPTQ = Stage(name="gptq", kind="checkpoint", version=2, config=GptqConfig, build=_build_gptq, parents=_PARENTS, settle=_settle)
 STATIC = Stage(name="static", kind="checkpoint", version=1, config=StaticConfig, build=_build_static, parents=_PARENTS, settle=_settle)
-AWQ = Stage(name="awq", kind="checkpoint", version=1, config=AwqConfig, build=_build_awq, parents=_PARENTS, settle=_settle)
-SMOOTH = Stage(name="smooth", kind="checkpoint", version=1, config=SmoothConfig, build=_build_smooth, parents=_PARENTS, settle=_settle)
+AWQ = Stage(name="awq", kind="checkpoint", version=2, config=AwqConfig, build=_build_awq, parents=_PARENTS, settle=_settle)
+SMOOTH = Stage(name="smooth", kind="checkpoint", version=2, config=SmoothConfig, build=_build_smooth, parents=_PARENTS, settle=_settle)
