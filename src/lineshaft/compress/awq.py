@@ -21,7 +21,8 @@ from lineshaft.ops.formats import Integer
 LEAST_CLIP = 0.75
 """Of a group's range at least so much is kept. Groups hardly wanted less than 0.7, and finer steps matter more than farther ones."""
 SEARCHED = 256
-"""Scales are judged by so many tokens of a sample, or up to twice as many; those found so left 0.2 to 0.3 % more error than the best by 16,384 (docs/compression.md)."""
+"""Scales are judged by so many tokens of a sample, or up to twice as many: those found so left 0.2 to 0.3 % more error than the best by
+16,384 (docs/compression.md)."""
 TILE = 1 << 18
 """Weights that are rounded at a time: 1 MiB of float32, near the fastest with 512 KiB of second-level cache a core."""
 
