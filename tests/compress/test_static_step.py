@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from calibrated_line import ROWS, Line, line
 from filled import filled
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from shapes import SHAPES
 from test_calibrated import FAMILIES, logits, with_outliers
 from torch import Tensor, nn
 
 from lineshaft.base.config import load
-from lineshaft.base.errors import ConfigError
+from lineshaft.base.errors import BadCheckpoint, ConfigError
 from lineshaft.compress.calibrate.rows import calibration_rows
 from lineshaft.compress.config import CompressConfig, StaticConfig
 from lineshaft.compress.layers import routed
@@ -142,3 +144,13 @@ def test_a_layer_that_no_token_comes_to_is_refused_by_name(tmp_path: Path, monke
 def test_what_can_not_be_is_refused(config: type[Any], given: dict[str, Any], told: str) -> None:
     with pytest.raises((ConfigError, ValidationError), match=told):
         load(config, given)
+
+
+def test_a_checkpoint_whose_scale_can_be_none_is_refused_with_the_layer_s_name(tmp_path: Path) -> None:
+    made = line(tmp_path / "store", "llama").compress("static", **ROWS)
+    shutil.copytree(made.root, tmp_path / "copy", ignore=shutil.ignore_patterns("manifest.json"))
+    tensors = load_file(tmp_path / "copy" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.input_scale"].zero_()
+    save_file(tensors, tmp_path / "copy" / "model.safetensors")
+    with pytest.raises(BadCheckpoint, match=r"copy: model\.layers\.1\.mlp\.up_proj: input_scale 0\.0 is no scale"):
+        load_checkpoint(tmp_path / "copy")

@@ -11,14 +11,14 @@ import typer
 from rich.console import Console
 
 from lineshaft.base import manifest
-from lineshaft.base.errors import ConfigError, NotFound
-from lineshaft.base.store import Artifact, Store
+from lineshaft.base.errors import ConfigError
+from lineshaft.base.store import Artifact
 from lineshaft.base.terminal import say
 from lineshaft.cli.options import DEFAULT_STORE, JsonOption, StoreOption
 from lineshaft.evaluate.compared import compared
 from lineshaft.evaluate.lost import Compared, Line
 from lineshaft.pipeline.lost import print_lost
-from lineshaft.pipeline.reopen import reopened
+from lineshaft.pipeline.reopen import looked_up
 
 FAILED = 1
 """Exit status when something rose by more than it may."""
@@ -87,7 +87,8 @@ def _limit(text: str) -> tuple[str, float]:
 
 def _report(store: Path, name: str) -> Artifact:
     """A report by reference, by id, or by its folder, which may lie outside a store. Raises NotFound, Corrupt, ConfigError."""
-    found = _opened(Path(name).absolute()) if (Path(name) / manifest.FILE_NAME).is_file() else _kept(store, name)
+    folder = Path(name).absolute()
+    found = _opened(folder) if (folder / manifest.FILE_NAME).is_file() else looked_up(store, name, "folder of a report")
     if found.manifest.kind != "report":
         raise ConfigError(f"{found.id} is a {found.manifest.kind}: name the report that `evaluate` made of it")
     return found
@@ -97,13 +98,3 @@ def _opened(root: Path) -> Artifact:
     found = manifest.read(root)
     manifest.check_files(root, found)
     return Artifact(root, found)
-
-
-def _kept(store: Path, name: str) -> Artifact:
-    if not store.is_dir():
-        raise NotFound(f'"{name}": no folder of a report, and there is no store at {store} to look it up in (name one with --store)')
-    kept = Store(store)
-    found = reopened(kept, kept.resolve(name))
-    if found is None:
-        raise NotFound(f"{name}: points to {kept.resolve(name)}, which is no longer in {kept.root}")
-    return found

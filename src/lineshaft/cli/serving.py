@@ -10,10 +10,9 @@ import typer
 
 from lineshaft.base.config import Table, load, merge, nest, parse_assignment
 from lineshaft.base.errors import ConfigError, NotFound
-from lineshaft.base.store import Store
 from lineshaft.cli.options import DEFAULT_STORE, StoreOption
 from lineshaft.engine.config import EngineConfig
-from lineshaft.pipeline.reopen import reopened
+from lineshaft.pipeline.reopen import looked_up
 from lineshaft.serve.server import ServeConfig, run_server
 
 SECTIONS = ("server", "engine")
@@ -56,12 +55,7 @@ def checkpoint_folder(path: str, store: Path) -> tuple[Path, str]:
         return folder, folder.resolve().name
     if folder.is_dir():
         raise NotFound(f"{folder}: no config.json here; a checkpoint is a Hugging Face folder with config.json and safetensors")
-    if not store.is_dir():
-        raise NotFound(f'"{path}": no folder with a config.json, and there is no store at {store} to look it up in (name one with --store)')
-    kept = Store(store)
-    found = reopened(kept, kept.resolve(path))
-    if found is None:
-        raise NotFound(f"{path}: points to {kept.resolve(path)}, which is no longer in {kept.root}")
+    found = looked_up(store, path, "folder with a config.json")
     if found.manifest.kind != "checkpoint":
         raise ConfigError(f"{found.id} is a {found.manifest.kind}: only a checkpoint can be served")
     return found.root, path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -36,9 +36,6 @@ STATIC = "-static"
 
 class Rounding(Config):
     """Weights in fewer bits, all alike or by a policy."""
-
-    calibrates: ClassVar[bool] = False
-    """Whether scales of activations can be found."""
 
     model_config = ConfigDict(json_schema_extra=_offer_bits)
     format: Literal["int8", "int4"] = "int8"
@@ -73,7 +70,7 @@ class Rounding(Config):
         if self.format == "int8" and not self.symmetric:
             raise ValueError("symmetric: int8 has no zero points here: leave it true, or take format int4")
         for pattern, name in self.policy.items():
-            if name.endswith(STATIC) and not self.calibrates:
+            if name.endswith(STATIC) and self.ending != STATIC:
                 raise ValueError(f'policy: "{pattern}": "{name}" takes calibration: only the step `static` makes it')
             if name == "fp8" or not is_format(in_memory(name)):
                 told = "formats are dense, int8, int4, int8-32, int4-128, int4-32-zeros, int8-a8 and the like"
@@ -90,7 +87,12 @@ class Rounding(Config):
     def whole(self) -> str:
         """The format of layers that no policy names."""
         group, zeros = "" if self.group is None else f"-{self.group}", "" if self.symmetric else "-zeros"
-        return f"{self.format}{group}{zeros}{'' if self.activations is None else '-a8'}"
+        return f"{self.format}{group}{zeros}{self.ending}"
+
+    @property
+    def ending(self) -> str:
+        """Of that name: what is done to activations."""
+        return "" if self.activations is None else "-a8"
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -141,7 +143,6 @@ class StaticConfig(Rounding, CalibrationConfig):
     """Rounding to nearest, with activations in 8 bits by one scale a layer that calibration finds (compress/ranges.py)."""
 
     model_config = ConfigDict(json_schema_extra=_must_say_step_or_bits)
-    calibrates: ClassVar[bool] = True
     step: Literal["static"] = "static"
     activations: Literal["int8"] = "int8"
     """8 bits, by one scale for all tokens of a layer. Routed experts keep a scale a token."""
@@ -150,9 +151,9 @@ class StaticConfig(Rounding, CalibrationConfig):
     lost of their distribution is least (KL divergence); where clipping takes at most 0.1 % of the summed magnitude."""
 
     @property
-    def whole(self) -> str:
+    def ending(self) -> str:
         """See Rounding."""
-        return super().whole.removesuffix("-a8") + STATIC
+        return STATIC
 
 
 class SmoothConfig(CalibrationConfig):

@@ -142,8 +142,9 @@ class Static:
     def format_of(self, layer: str) -> Format:
         """See Method."""
         fmt = self.config.coding_of(layer)
-        found = isinstance(fmt, Integer) and fmt.activations == "int8-static" and layer in self.experts
-        return replace(fmt, activations="int8") if isinstance(fmt, Integer) and found else fmt
+        if isinstance(fmt, Integer) and fmt.activations == "int8-static" and layer in self.experts:
+            return replace(fmt, activations="int8")
+        return fmt
 
     def watched(self, part: Part) -> dict[str, Linear]:
         """See Method."""

@@ -20,7 +20,7 @@ from lineshaft.model.hf.config import to_hf
 from lineshaft.model.hf.names import from_file, shared_copies, to_file
 from lineshaft.model.linear import Linear
 from lineshaft.model.shards import SHARD_BYTES, read_tensors, remove_weights, write_tensors
-from lineshaft.ops.formats import DENSE, Format
+from lineshaft.ops.formats import DENSE, Format, Integer
 from lineshaft.ops.quantization import from_quantization_config, to_quantization_config
 
 T = TypeVar("T")
@@ -51,6 +51,7 @@ def load_checkpoint(
         tensors |= {name: tensors[name].to(dtype) for name, _ in model.named_parameters()}
     model.load_state_dict(tensors, assign=True)
     _check_one_dtype(folder, model)
+    _check_input_scales(folder, model)
     for router in model.routers():
         router.load = torch.zeros(router.load.shape)  # not saved, so still without memory
     if dequantise:
@@ -155,6 +156,15 @@ def _complaint(have: torch.dtype, want: torch.dtype) -> str:
     if have == torch.float8_e4m3fn:
         return "but there is no weight_scale_inv beside it, or no quantization_config that says so in config.json"
     return "which is no dtype that we can compute with here" if want in _FLOATS else f"its format means {want}"
+
+
+def _check_input_scales(folder: Path, model: Decoder) -> None:
+    for name, linear in model.linears().items():
+        if isinstance(linear.format, Integer):
+            try:
+                linear.format.input_scale(linear.tensors())
+            except BadCheckpoint as error:
+                raise BadCheckpoint(f"{folder}: {to_file(model.config.family, name)}: {error}") from None
 
 
 def _check_one_dtype(folder: Path, model: Decoder) -> None:

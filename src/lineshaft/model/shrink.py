@@ -142,4 +142,4 @@ def _with_layers(config: ModelConfig, table: dict[str, Any], gone: Collection[in
         dense = [place for place, layer in enumerate(kept) if not config.is_moe_layer(layer)]
         first = next((place for place in range(len(kept)) if place not in dense), len(kept))
         table["moe"] |= {"first_k_dense_replace": first, "mlp_only_layers": [place for place in dense if place > first]}
-    return load(ModelConfig, table, where="prune")
+    return load(ModelConfig, table, where="a smaller model")

@@ -106,12 +106,14 @@ def packed_heads_of(fmt: Format, weight_OI: Tensor, heads: int, nope: int) -> tu
 
 def packed_of(fmt: Format, tensors: Mapping[str, Tensor], wide: bool = False) -> tuple[Packed, Tensor] | None:
     """The packed form of a weight, `wide` as in Packed; None where the kernels can't take it."""
+    whole, input_scale = False, 0.0
     if isinstance(fmt, Dense):
         made = packing.pack_dense(tensors["weight"].detach())
-        return None if made is None else (Packed(fmt, made[0], wide=wide), made[1])
-    if isinstance(fmt, Fp8Block):
+    elif isinstance(fmt, Fp8Block):
         made = packing.pack_fp8(tensors["weight"], tensors["weight_scale_inv"], fmt.block)
-        return None if made is None else (Packed(fmt, made[0], wide=wide), made[1])
-    if not isinstance(fmt, Integer) or (made := packing.pack_coded(fmt.integers(tensors), fmt.bits)) is None:
+    elif isinstance(fmt, Integer):
+        made = packing.pack_coded(fmt.integers(tensors), fmt.bits)
+        whole, input_scale = fmt.activations is not None, fmt.input_scale(tensors)
+    else:
         return None
-    return Packed(fmt, made[0], fmt.activations is not None, fmt.input_scale(tensors), wide), made[1]
+    return None if made is None else (Packed(fmt, made[0], whole, input_scale, wide), made[1])

@@ -93,15 +93,7 @@ def pack_coded(weight: Integers, bits: int) -> tuple[Shape, Tensor] | None:
     kind: Kind = "int8" if bits == 8 else "int4"
     zeros = bool((zero_OG != _MIDDLE[kind]).any())
     shape = Shape(kind, codes_OI.shape[1], codes_OI.shape[0], codes_OI.shape[1] // scale_OG.shape[1], zeros)
-    if not shape.fits:
-        return None
-    native = library()
-    if native is None:
-        return shape, _coded(codes_OI, scale_OG, zero_OG, shape)
-    codes_OI, scale_OG, zero_OG = codes_OI.contiguous(), scale_OG.float().contiguous(), zero_OG.contiguous()
-    out = _memory(native.packed_bytes(*shape.native))
-    native.pack_coded(*shape.native, codes_OI.data_ptr(), scale_OG.data_ptr(), zero_OG.data_ptr(), out.data_ptr())
-    return shape, out
+    return (shape, _laid(codes_OI, scale_OG, zero_OG, shape)) if shape.fits else None
 
 
 def pack_fp8(weight_OI: Tensor, scale_BC: Tensor, block: tuple[int, int]) -> tuple[Shape, Tensor] | None:
@@ -113,15 +105,21 @@ def pack_fp8(weight_OI: Tensor, scale_BC: Tensor, block: tuple[int, int]) -> tup
     outputs, inputs = weight_OI.shape
     codes_OI = weight_OI.view(torch.uint8)
     shape = Shape("float8", inputs, outputs, min(block[1], inputs))
-    if not shape.fits or inputs % shape.scale_inputs or ((codes_OI & 127) == 127).any():
+    if not shape.fits or inputs % shape.scale_inputs or int((codes_OI & 127).max()) == 127:
         return None
-    scale_OG = scale_BC.float().repeat_interleave(block[0], 0)[:outputs].contiguous()
+    scale_OG = scale_BC.repeat_interleave(block[0], 0)[:outputs]
+    return shape, _laid(codes_OI, scale_OG, torch.zeros(scale_OG.shape, dtype=torch.uint8), shape)
+
+
+def _laid(codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, shape: Shape) -> Tensor:
+    """Codes of a byte each, scales and zeros in their places; zeros are left out where the shape says so."""
     native = library()
     if native is None:
-        return shape, _coded(codes_OI, scale_OG, torch.zeros_like(scale_OG, dtype=torch.uint8), shape)
-    codes_OI, out = codes_OI.contiguous(), _memory(native.packed_bytes(*shape.native))
-    native.pack_coded(*shape.native, codes_OI.data_ptr(), scale_OG.data_ptr(), codes_OI.data_ptr(), out.data_ptr())
-    return shape, out
+        return _coded(codes_OI, scale_OG, zero_OG, shape)
+    codes_OI, scale_OG, zero_OG = codes_OI.contiguous(), scale_OG.float().contiguous(), zero_OG.contiguous()
+    out = _memory(native.packed_bytes(*shape.native))
+    native.pack_coded(*shape.native, codes_OI.data_ptr(), scale_OG.data_ptr(), zero_OG.data_ptr(), out.data_ptr())
+    return out
 
 
 def unpack(packed: Tensor, shape: Shape) -> Tensor:

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from lineshaft.base.errors import NotFound
 from lineshaft.base.store import Artifact, Store
 
 LARGE = (".parquet", ".bin", ".starts", ".safetensors")
 """Payload files that a run itself never reads."""
+
+
+def looked_up(folder: Path, name: str, missing: str) -> Artifact:
+    """The artifact of this reference or id in the store in `folder`. `missing`: what `name` was not, for whoever meant a path.
+
+    Raises NotFound, Corrupt (see `reopened`).
+    """
+    if not folder.is_dir():
+        raise NotFound(f'"{name}": no {missing}, and there is no store at {folder} to look it up in (name one with --store)')
+    store = Store(folder)
+    found = reopened(store, store.resolve(name))
+    if found is None:
+        raise NotFound(f"{name}: points to {store.resolve(name)}, which is no longer in {store.root}")
+    return found
 
 
 def reopened(store: Store, artifact_id: str) -> Artifact | None:

@@ -1,7 +1,7 @@
 """Going through a model part by part, changing each by what comes into it; killed, it goes on after the last part done.
 
 What is needed is the tensors of one part, twice, and the hidden states of the calibration text, once: parts that are done lie on disk and
-are mapped from there, those to come are mapped from the checkpoint (docs/compression.md, "Memory").
+are mapped from there, those to come are mapped from the checkpoint (docs/compression.md, "Calibration").
 
     <folder>/part-0003/    state.safetensors (its tensors, and scales found), files.json (hashes); renamed into place when whole
     <folder>/hidden-0003/  the hidden states after it, of the newest part only
