@@ -1,10 +1,9 @@
 """Kernels for processors that give a row the same bits in any company: batch invariance.
 
-A product adds up each of its numbers in an order of its own, and PyTorch's libraries choose that order by the shape. Two
-facts make it the same for every row: with a number of rows that is a multiple of ROWS the order does not depend on how
-many there are, nor on where a row stands among them; and with a fixed number of inputs it does not depend on anything
-else. So rows are filled up to a multiple of ROWS, and sums over keys, of which every request has another number, are
-taken in blocks of KEYS at fixed places, added in order. What a token does not see counts as exactly zero there.
+A product adds up each of its numbers in an order of its own, and PyTorch's libraries choose that order by the shape: on some
+processors by the number of rows, even of many. In one shape it is the same for every row, wherever it stands. So rows are worked on
+ROWS at a time, the last ones filled up with zeros, and sums over keys, of which every request has another number, are taken in
+blocks of KEYS at fixed places, added in order. What a token does not see counts as exactly zero there.
 
 Functions of single numbers are not safe either: PyTorch computes the last few of a tensor by other code than the rest.
 Filling up to whole vectors avoids that. `engine/warm.py` tries all of it on the machine at hand when an engine starts.
@@ -13,6 +12,7 @@ Filling up to whole vectors avoids that. `engine/warm.py` tries all of it on the
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,19 +22,17 @@ from lineshaft.ops.experts import Rule, routed
 from lineshaft.ops.fp8 import unpack_fp8
 from lineshaft.ops.integers import integers
 
-ROWS = 4
-"""Rows come in multiples of this: the height of the smallest block that the libraries multiply in."""
+ROWS = 16
+"""Rows of every product. More read weights less often when a prompt is read, fewer waste less when one token is decoded."""
 KEYS = 128
 """Keys that are added up together. At most the number of inputs that the libraries take at a time, or it would be cut by them."""
-_SMALL = 4096
-"""Products of so many multiplications or fewer go to other code of PyTorch, which adds in another order (bf16; in float32 up to 400)."""
 _STRIDE = 64
 """PyTorch takes two vectors at a time, and single numbers by other code: bf16 in AVX-512 are the most, two times 32."""
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """See `reference.linear`."""
-    return F.linear(_enough(x_TI, weight_OI.numel()), weight_OI, bias_O)[: len(x_TI)]
+    return _by_rows(x_TI, lambda x_RI: F.linear(x_RI, weight_OI, bias_O))
 
 
 def linear_int(x_TI: Tensor, codes: Tensor, scale_OG: Tensor, zero_XG: Tensor | None, bits: int, bias_O: Tensor | None) -> Tensor:
@@ -64,8 +62,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, rule: Rule) -> tuple[Tensor,
 
 def by_head(x_THA: Tensor, weight_HAB: Tensor) -> Tensor:
     """See `reference.by_head`."""
-    x_HRA = _enough(x_THA, weight_HAB[0].numel()).transpose(0, 1).contiguous()
-    return torch.bmm(x_HRA, weight_HAB).transpose(0, 1)[: len(x_THA)]
+    return _by_rows(x_THA, lambda x_RHA: torch.bmm(x_RHA.transpose(0, 1).contiguous(), weight_HAB).transpose(0, 1))
 
 
 def tile_gqa(q_NMHD: Tensor, pages_k: Tensor, pages_v: Tensor, slots_NS: Tensor, seen_NMS: Tensor, scale: float) -> Tensor:
@@ -91,9 +88,14 @@ def filled(x_T: Tensor, step: int) -> Tensor:
     return F.pad(x_T, (*(0, 0) * (x_T.dim() - 1), 0, missing)) if missing else x_T
 
 
-def _enough(x_T: Tensor, products: int) -> Tensor:
-    """Rows added for a product of that many multiplications a row: to a multiple of ROWS, and to more than _SMALL of them."""
-    return filled(x_T, ROWS * max(1, -(-(_SMALL + 1) // (ROWS * products))))
+def _by_rows(x_T: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """`product` of ROWS rows at a time."""
+    return torch.cat([product(rows) for rows in filled(x_T, ROWS).split(ROWS)])[: len(x_T)]
+
+
+def _products(x_XRA: Tensor, y_XAB: Tensor) -> Tensor:
+    """bmm of ROWS rows at a time; R is a multiple of it."""
+    return torch.cat([torch.bmm(rows.contiguous(), y_XAB) for rows in x_XRA.split(ROWS, 1)], 1)
 
 
 def _whole_vectors(x_TI: Tensor) -> Tensor:
@@ -114,12 +116,12 @@ def _attended(q_XRD: Tensor, k_XSD: Tensor, v_XSV: Tensor, seen_NMS: Tensor) -> 
     """
     sets, rows, _ = q_XRD.shape
     tiles, queries, keys = seen_NMS.shape
-    scores_XRS = torch.bmm(F.pad(q_XRD, (0, 0, 0, -rows % ROWS)), k_XSD.transpose(1, 2))
+    scores_XRS = _products(F.pad(q_XRD, (0, 0, 0, -rows % ROWS)), k_XSD.transpose(1, 2))
     by_query = scores_XRS.view(tiles, sets // tiles, -1, keys)[:, :, :rows].view(tiles, sets // tiles, queries, rows // queries, keys)
     by_query.masked_fill_(~seen_NMS[:, None, :, None], -torch.inf)
     chances = scores_XRS.sub_(scores_XRS.amax(-1, keepdim=True)).exp_()
     total_XR1 = chances.view(sets, -1, keys // KEYS, KEYS).sum(-1).cumsum(-1)[..., -1:]  # cumsum goes from the first to the last
-    out_XRV = torch.bmm(chances[..., :KEYS], v_XSV[:, :KEYS])
+    out_XRV = _products(chances[..., :KEYS], v_XSV[:, :KEYS])
     for start in range(KEYS, keys, KEYS):
-        out_XRV.add_(torch.bmm(chances[..., start : start + KEYS], v_XSV[:, start : start + KEYS]))
+        out_XRV.add_(_products(chances[..., start : start + KEYS], v_XSV[:, start : start + KEYS]))
     return (out_XRV / total_XR1)[:, :rows]
