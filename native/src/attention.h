@@ -7,15 +7,11 @@
 #include <algorithm>
 #include <limits>
 
+#include LINESHAFT_ATTEND
 #include "coded.h"
 #include "rows.h"
-#include "vectors.h"
 
 namespace {
-
-constexpr int kStep = 64;        // positions worked on together: one group of the packed layout
-constexpr int kMostRows = 96;    // rows that share what was gathered for a step: whole tiles of kMaxRows
-constexpr int kMostKeyWidth = 1024, kMostValueWidth = 1024;
 
 inline bool sees(const Reach& r, int64_t q, int64_t k) {
     if (k > q) return false;
@@ -39,87 +35,6 @@ inline bool touched(const Reach& r, int64_t first, int64_t last, int64_t start, 
 inline bool open(const Reach& r, int64_t first, int64_t last, int64_t start) {
     if (start + kStep - 1 > first) return false;
     return r.kind == 0 || (r.kind == 1 && (last - start < r.a || start + kStep <= r.b));
-}
-
-/// What a thread works in. Reused from call to call.
-struct Bench {
-    alignas(64) uint32_t keys[kMostKeyWidth * kStep];            // transposed: [words][64 positions]
-    alignas(64) uint32_t values[kMostValueWidth * kStep];        // [width / 64][64 positions, or 32 pairs of them][64]
-    alignas(64) uint32_t found_keys[kStep * kMostKeyWidth];      // of coded pages: [64 positions][words], decoded
-    alignas(64) uint32_t found_values[kStep * kMostValueWidth];
-    alignas(64) uint32_t queries[kMostRows * kMostKeyWidth];     // tiles of packed words
-    alignas(64) float out[kMostRows * kMostValueWidth];          // [width / 64][rows][64]
-    alignas(64) float scores[kMostRows * kStep];
-    alignas(64) uint32_t chances[kMostRows * kStep];             // [rows][64 positions, or 32 pairs]
-    alignas(64) float sums[kMostRows * 16];
-    alignas(64) float largest[kMostRows], tops[kMostRows], shrink[kMostRows];
-};
-
-struct Item {
-    const Chunk* chunk;
-    int64_t kv_head, first_head, heads;  // heads: of those that share the key head
-    int64_t first, count;                // queries of the chunk
-
-    int64_t rows() const { return heads * count; }
-    int64_t position(int64_t row) const { return chunk->first + first + row / heads; }
-};
-
-/// Are chances and values multiplied as pairs of bf16? Chances are rounded to it then, their sums are not.
-inline bool in_pairs(const Attention& a) { return Lanes::kDotBf16 && a.activation == Activation::bf16; }
-
-/// out = out * shrink + chances times values, of M rows and 64 channels, in the order of the positions.
-template <class Dot, int M>
-void add_values(const uint32_t* values, const uint32_t* chances, const float* shrink, float* out) {
-    constexpr int B = blocks_for(M), kRows = kStep / Dot::kInputs;
-    for (int first = 0; first < kGroup / kBlock; first += B) {
-        Lanes::F acc[M][B];
-        EACH(m, M) {
-            EACH(b, B) { acc[m][b] = Lanes::mul(Lanes::load(out + m * kGroup + (first + b) * kBlock), Lanes::set1(shrink[m])); });
-        });
-        const auto* w = reinterpret_cast<const uint8_t*>(values) + first * 64;
-        for (int row = 0; row < kRows; row++, w += kRowBytes) {
-            typename Dot::W weights[B];
-            EACH(b, B) { weights[b] = Dot::weights(w + b * 64); });
-            EACH(m, M) {
-                const typename Dot::A chance = Dot::spread(chances + m * kStep + row, 1);
-                EACH(b, B) { acc[m][b] = Dot::dot(acc[m][b], weights[b], chance); });
-            });
-        }
-        EACH(m, M) { EACH(b, B) { Lanes::store(out + m * kGroup + (first + b) * kBlock, acc[m][b]); }); });
-    }
-}
-
-using Adder = void (*)(const uint32_t*, const uint32_t*, const float*, float*);
-
-template <class Dot>
-Adder adder_for(int rows) {
-    switch (rows) {
-        case 1: return add_values<Dot, 1>;
-        case 2: return add_values<Dot, 2>;
-        default: break;
-    }
-    if constexpr (Lanes::kMaxRows >= 4) {
-        if (rows == 3) return add_values<Dot, 3>;
-        if (rows == 4) return add_values<Dot, 4>;
-    }
-    if constexpr (Lanes::kMaxRows >= 6) return rows == 5 ? add_values<Dot, 5> : add_values<Dot, 6>;
-    return add_values<Dot, 2>;
-}
-
-inline int words_of(const Attention& a) { return int(a.activation == Activation::f32 ? a.key_width : a.key_width / 2); }
-
-inline void gather_queries(const Attention& a, const Item& item, Bench& bench) {
-    const int words = words_of(a);
-    for (int64_t start = 0; start < item.rows(); start += Lanes::kMaxRows) {
-        const int64_t count = std::min<int64_t>(Lanes::kMaxRows, item.rows() - start);
-        uint32_t* to = bench.queries + start * words;
-        for (int64_t m = 0; m < count; m++) {
-            const int64_t row = start + m, head = item.kv_head * (a.heads / a.kv_heads) + item.first_head + row % item.heads;
-            const int64_t token = item.chunk->row + item.first + row / item.heads;
-            const auto* q = static_cast<const uint32_t*>(row_of(a.activation, a.q, token * a.q_stride + head * a.key_width));
-            for (int w = 0; w < words; w++) to[w * count + m] = word_at(q + w);
-        }
-    }
 }
 
 /// 16 channels, from `v` on, of two positions: neighbours become pairs.
@@ -212,18 +127,6 @@ inline void hide(const Reach& r, int64_t q, int64_t start, float* scores) {
     }
 }
 
-inline void score(const Attention& a, const Item& item, Bench& bench) {
-    const int words = words_of(a);
-    const Shape shape{a.activation == Activation::f32 ? Weight::f32 : Weight::bf16, a.key_width, kGroup, 0, false};
-    const auto* keys = reinterpret_cast<const uint8_t*>(bench.keys);
-    const Piece piece{shape, keys, shape.rows_a_scale(), nullptr, 0, true, true, {keys, 0}};
-    for (int64_t row = 0; row < item.rows(); row += Lanes::kMaxRows) {
-        const int count = int(std::min<int64_t>(Lanes::kMaxRows, item.rows() - row));
-        const auto take = shape.kind == Weight::f32 ? on_vectors::take_for<DotF32, false>(count) : on_vectors::take_for<DotBf16, false>(count);
-        take(piece, {bench.queries + row * words, Sums{}, nullptr, bench.scores + row * kStep});
-    }
-}
-
 /// Scales and hides scores, notes each row's largest one so far, and what its earlier sums are multiplied by on account of that.
 inline void shrink(const Attention& a, const Item& item, int64_t start, Bench& bench) {
     const bool all = open(a.reach, item.position(0), item.position(item.rows() - 1), start);
@@ -263,16 +166,6 @@ inline void weigh(const Attention& a, const Item& item, Bench& bench) {
     }
 }
 
-inline void add(const Attention& a, const Item& item, Bench& bench) {
-    const int rows = in_pairs(a) ? kStep / 2 : kStep;
-    for (int64_t row = 0; row < item.rows(); row += Lanes::kMaxRows) {
-        const int count = int(std::min<int64_t>(Lanes::kMaxRows, item.rows() - row));
-        const Adder adder = in_pairs(a) ? adder_for<DotBf16>(count) : adder_for<DotF32>(count);
-        for (int64_t v = 0; v < a.value_width; v += kGroup)
-            adder(bench.values + v * rows, bench.chances + row * kStep, bench.shrink + row, bench.out + v * kMostRows + row * kGroup);
-    }
-}
-
 inline void take_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
     gather_step(a, item, start, bench);
     score(a, item, bench);
@@ -282,7 +175,7 @@ inline void take_step(const Attention& a, const Item& item, int64_t start, Bench
 }
 
 inline void attend(const Attention& a, const Item& item, Bench& bench) {
-    std::fill_n(bench.out, kMostRows * ((a.value_width + kGroup - 1) / kGroup) * kGroup, 0.0f);
+    for (int64_t v = 0; v < a.value_width; v += kGroup) std::fill_n(bench.out + v * kMostRows, item.rows() * kGroup, 0.0f);
     std::fill_n(bench.sums, item.rows() * 16, 0.0f);
     std::fill_n(bench.largest, item.rows(), std::numeric_limits<float>::lowest());  // finite: a row whose first steps are all hidden must not make NaN
     gather_queries(a, item, bench);
@@ -290,12 +183,10 @@ inline void attend(const Attention& a, const Item& item, Bench& bench) {
     for (int64_t start = 0; start <= last; start += kStep)
         if (touched(a.reach, first, last, start, kStep)) take_step(a, item, start, bench);
     for (int64_t row = 0; row < item.rows(); row++) {
-        const int64_t head = item.kv_head * (a.heads / a.kv_heads) + item.first_head + row % item.heads;
-        const int64_t token = item.chunk->row + item.first + row / item.heads;
         const auto total = Lanes::set1(Lanes::sum(Lanes::load(bench.sums + row * 16)));
         for (int64_t v = 0; v < a.value_width; v += 16) {
             const float* from = bench.out + v / kGroup * kGroup * kMostRows + row * kGroup + v % kGroup;
-            write_some(a.activation, a.out, (token * a.heads + head) * a.value_width + v, a.value_width - v, Lanes::div(Lanes::load(from), total));
+            write_some(a.activation, a.out, (item.token(row) * a.heads + item.head(a, row)) * a.value_width + v, a.value_width - v, Lanes::div(Lanes::load(from), total));
         }
     }
 }

@@ -9,7 +9,7 @@
 #include <cstring>
 
 #include LINESHAFT_TILES
-#include "vectors.h"
+#include "few.h"
 
 namespace {
 
@@ -23,8 +23,8 @@ constexpr int kSums = 0, kTokens = 4, kWeights = 6;  // tile registers: four of 
 /// Is it worked on in tiles? Codes with more than one scale, or of 4 bits, only for more than a few tokens: for these, spilling sums
 /// after each scale or widening codes costs more than tiles save (32 against 33 and 27 against 31 GB/s, notes of a Sapphire Rapids).
 inline bool tiled(const Linear& l) {
-    if (l.shape.kind == Weight::bf16) return true;
-    return l.whole && (l.tokens > kFew || (l.shape.kind == Weight::int8 && l.shape.scales() == 1));
+    if (l.shape.kind == Weight::bf16) return l.tokens > kFewTokens;
+    return l.whole && (l.tokens > kFew || (l.tokens > 1 && l.shape.kind == Weight::int8 && l.shape.scales() == 1));
 }
 
 /// Rows of a tile of weights, each 4 bytes of every output: as many as divide what shares a scale, so that no tile is cut. All 16
@@ -48,20 +48,38 @@ class Tiling {
 
     /// Two tiles of so many tokens each, weights of so many rows. Tiles keep nothing over a change.
     void shape(int first, int second, int rows) {
-        if (first == first_ && second == second_ && rows == rows_) return;
+        if (is(first, second, rows, false)) return;
         TileShapes shapes;
-        const auto set = [&](int tile, int its_rows, int words) {
-            shapes.rows[tile] = uint8_t(its_rows);
-            shapes.row_bytes[tile] = uint16_t(4 * words);
-        };
-        for (int i = 0; i < 4; i++) set(kSums + i, i < 2 ? first : second, kBlock);
-        for (int i = 0; i < 2; i++) set(kTokens + i, i ? second : first, rows), set(kWeights + i, rows, kBlock);
+        for (int i = 0; i < 4; i++) set(shapes, kSums + i, i < 2 ? first : second, kBlock);
+        for (int i = 0; i < 2; i++) set(shapes, kTokens + i, i ? second : first, rows), set(shapes, kWeights + i, rows, kBlock);
         Tiles::configure(shapes);
-        first_ = first, second_ = second, rows_ = rows;
+    }
+
+    /// The same for attention's values (attend_tiles.h): of each tile of rows a tile of sums and two of chances; two of values.
+    void values(int first, int second) {
+        if (is(first, second, kTileRows, true)) return;
+        TileShapes shapes;
+        for (int i = 0; i < 6; i++) set(shapes, i, i == 0 || i == 2 || i == 3 ? first : second, kBlock);
+        for (int i = 6; i < 8; i++) set(shapes, i, kTileRows, kBlock);
+        Tiles::configure(shapes);
     }
 
   private:
+    /// Is it configured like that? From now on it counts as such.
+    bool is(int first, int second, int rows, bool values) {
+        const bool whole = first == kTileTokens && second == kTileTokens && rows == kTileRows;  // all tiles are alike, whatever they hold
+        const bool same = first == first_ && second == second_ && rows == rows_ && (whole || values == values_);
+        first_ = first, second_ = second, rows_ = rows, values_ = values;
+        return same;
+    }
+
+    static void set(TileShapes& shapes, int tile, int rows, int words) {
+        shapes.rows[tile] = uint8_t(rows);
+        shapes.row_bytes[tile] = uint16_t(4 * words);
+    }
+
     int first_ = 0, second_ = 0, rows_ = 0;
+    bool values_ = false;
 };
 
 inline Layout layout_of(const Linear& l, void* scratch) {
@@ -88,24 +106,28 @@ inline void pack_tokens(const Linear& l, const Layout& s, int64_t first, int64_t
 
 inline void pack(const Linear& l, void* scratch, int part, int parts) {
     if (!tiled(l)) return on_vectors::pack(l, scratch, part, parts);
-    if (as_it_is(l)) return;
     const Layout s = layout_of(l, scratch);
     const auto own = team::share((l.tokens + kTileTokens - 1) / kTileTokens, part, parts);
     for (int64_t i = own.first; i < own.last; i++) pack_tokens(l, s, i * kTileTokens, std::min<int64_t>(kTileTokens, l.tokens - i * kTileTokens));
 }
 
 struct TilesOfBf16 {
-    static constexpr bool kWhole = false, kNibbles = false;
+    static constexpr bool kWhole = false, kNibbles = false, kStreams = true;  // kStreams: weights come from memory, and are asked for ahead
     template <int C, int A, int B> static void dot() { Tiles::dot_bf16<C, A, B>(); }
 };
 
+/// Attention's keys: they have just been gathered.
+struct TilesOfKeys : TilesOfBf16 {
+    static constexpr bool kStreams = false;
+};
+
 struct TilesOfBytes {
-    static constexpr bool kWhole = true, kNibbles = false;
+    static constexpr bool kWhole = true, kNibbles = false, kStreams = true;
     template <int C, int A, int B> static void dot() { Tiles::dot_bytes<C, A, B>(); }
 };
 
 struct TilesOfNibbles : TilesOfBytes {
-    static constexpr bool kNibbles = true;
+    static constexpr bool kNibbles = true, kStreams = false;
 };
 
 /// The tokens of one tile of the layout.
@@ -123,6 +145,7 @@ struct Span {
     int64_t first, count;
     const uint8_t* weights;
     bool begin;
+    const uint8_t* next;  // weights that come after these, asked for while the first tokens meet these
 };
 
 /// sums[token][output] += of one tile of tokens and four blocks of outputs (High = 1), or of two and two (High = 2).
@@ -149,9 +172,13 @@ inline void add_tiles(const Unit& u, const Span& span, int64_t token, int block,
             Tiles::load<kTokens + decltype(i)::value>(tokens[i], row);
             tokens[i] += step[i];
         });
+        if constexpr (High == 2 && Op::kStreams)
+            if (token == 0)  // half a tile's lines for each half of its blocks
+                for (int64_t at = 0; at < tile_bytes / 2; at += 64)
+                    __builtin_prefetch(span.next + k * tile_bytes + block / 2 * tile_bytes / 2 + at, 0, 2);
         EACH(j, Wide) {
             constexpr int Weights = kWeights + decltype(j)::value % 2;
-            if constexpr (High == 1 && !Op::kNibbles)  // one quarter of the next tile's lines for each block: it is 4 KB ahead, all of it
+            if constexpr (High == 1 && Op::kStreams)  // one quarter of the next tile's lines for each block: it is 4 KB ahead, all of it
                 for (int64_t at = 0; at < 16 * row; at += 64) __builtin_prefetch(weights + tile_bytes + j * 16 * row + at, 0, 3);
             Tiles::load<Weights>(weights + j * 64, kRowBytes);
             EACH(i, High) { Op::template dot<kSums + decltype(i)::value * Wide + decltype(j)::value, kTokens + decltype(i)::value, Weights>(); });
@@ -220,7 +247,7 @@ void multiply_group(const Shape& shape, const Unit& u, const Sums& sums, const u
         const uint8_t* const weights = group + shape.header_bytes();
         for (int64_t tile = 0; tile < tiles; tile += chunk) {
             const int64_t count = std::min(chunk, tiles - tile);
-            Span span{g * tiles + tile, count, weights + tile * u.rows * kRowBytes, tile == 0};
+            Span span{g * tiles + tile, count, weights + tile * u.rows * kRowBytes, tile == 0, weights + (tile + count) * u.rows * kRowBytes};
             if constexpr (Op::kNibbles) {
                 widen_codes(weights + tile * u.rows / 2 * kRowBytes, count * u.rows / 2, widened);
                 span.weights = widened;
@@ -236,15 +263,19 @@ void multiply_group(const Shape& shape, const Unit& u, const Sums& sums, const u
 
 /// One tile of tokens times one group of outputs: [tokens of the tile][64].
 inline void multiply(const Linear& l, const Layout& s, int64_t tile, int64_t group, float* numbers, Tiling& tiling) {
-    if (!tiled(l)) return on_vectors::multiply(l, s, tile, group, numbers);
+    const uint8_t* const weights = l.weight + group * l.shape.group_bytes();
+    if (!tiled(l)) {
+        if (l.shape.kind != Weight::bf16) return on_vectors::multiply(l, s, tile, group, numbers);
+        const auto* tokens = as_it_is(l) ? static_cast<const uint32_t*>(token_of(l, 0)) : s.packed;
+        return few(l.tokens, tokens, weights, l.shape.rows_a_scale(), tile_rows(l.shape), numbers);
+    }
     const int64_t first = tile * s.tile, count = std::min(s.tile, l.tokens - first);
     const Sums sums{s.scale + first, s.whole + first * s.scales, nullptr};
-    const void* packed = as_it_is(l) ? token_of(l, 0) : s.packed + first * s.words;
-    const Unit u{static_cast<const uint8_t*>(packed), count, 4 * s.words, tile_rows(l.shape)};
+    const Unit u{reinterpret_cast<const uint8_t*>(s.packed + first * s.words), count, 4 * s.words, tile_rows(l.shape)};
     const auto of = l.shape.kind == Weight::bf16   ? multiply_group<TilesOfBf16>
                     : l.shape.kind == Weight::int8 ? multiply_group<TilesOfBytes>
                                                    : multiply_group<TilesOfNibbles>;
-    of(l.shape, u, sums, l.weight + group * l.shape.group_bytes(), numbers, tiling);
+    of(l.shape, u, sums, weights, numbers, tiling);
 }
 
 }  // namespace

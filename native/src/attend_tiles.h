@@ -1,0 +1,83 @@
+// The products of attention on the tiles of AMX where the model is in bf16; else those of attend_vectors.h.
+//
+// Keys of 64 positions lie as a group of packed weights does (packed.h), so scores are a product as in tiled.h. Values lie in pairs of
+// positions, so 32 of them are the weights of a tile for 16 channels. A row's numbers depend on its own row of a tile alone.
+#pragma once
+#include <algorithm>
+
+#include "attend_vectors.h"
+#include "tiled.h"
+
+namespace {
+
+/// A row's words of keys in a tile: see tile_rows.
+inline Shape keys_of(const Attention& a) { return {Weight::bf16, a.key_width, kGroup, 0, false}; }
+
+/// Queries as tiles of 16 rows: for each tile of keys their words, row by row.
+inline void gather_queries(const Attention& a, const Item& item, Bench& bench) {
+    if (!in_pairs(a)) return on_vectors::gather_queries(a, item, bench);
+    const int64_t words = words_of(a), width = tile_rows(keys_of(a));
+    for (int64_t row = 0; row < item.rows(); row++) {
+        const int64_t first = row / kTileTokens * kTileTokens, count = std::min<int64_t>(kTileTokens, item.rows() - first);
+        const auto* q = static_cast<const char*>(query_of(a, item, row));
+        uint32_t* to = bench.queries + first * words + (row - first) * width;
+        for (int64_t word = 0; word < words; word += width, to += count * width) std::memcpy(to, q + 4 * word, size_t(4 * width));
+    }
+}
+
+inline void score(const Attention& a, const Item& item, Bench& bench) {
+    if (!in_pairs(a)) return on_vectors::score(a, item, bench);
+    const int64_t words = words_of(a), rows = tile_rows(keys_of(a));
+    const Unit unit{reinterpret_cast<const uint8_t*>(bench.queries), item.rows(), 4 * words, int(rows)};
+    const Span keys{0, words / rows, reinterpret_cast<const uint8_t*>(bench.keys), true, nullptr};
+    Tiling tiling;
+    add_span<TilesOfKeys>(unit, keys, bench.scores, tiling, [](int64_t, int64_t, int, int) {});
+}
+
+/// out *= shrink, where that is not 1.
+inline void shrink_sums(const Attention& a, const Item& item, Bench& bench) {
+    for (int64_t row = 0; row < item.rows(); row++) {
+        if (bench.shrink[row] == 1.0f) continue;
+        const auto factor = Lanes::set1(bench.shrink[row]);
+        for (int64_t v = 0; v < a.value_width; v += 16) {
+            float* out = bench.out + v / kGroup * kGroup * kMostRows + row * kGroup + v % kGroup;
+            Lanes::store(out, Lanes::mul(Lanes::load(out), factor));
+        }
+    }
+}
+
+/// Chances times values, of up to two tiles of rows from `row` on: the chances stay in four tiles while channels go by.
+template <int High>
+inline void add_values(const Attention& a, int64_t row, Bench& bench) {
+    constexpr int kSum = 0, kChances = 2, kValues = 6, kHalf = kStep / 2 / kTileRows;  // a step is two tiles of 32 positions
+    static_assert(kHalf == 2);
+    const auto* chances = reinterpret_cast<const char*>(bench.chances + row * kStep);
+    EACH(i, High) {
+        EACH(k, 2) { Tiles::load<kChances + 2 * decltype(i)::value + decltype(k)::value>(chances + i * kTileTokens * 4 * kStep + k * 64, 4 * kStep); });
+    });
+    for (int64_t v = 0; v < a.value_width; v += kBlock) {
+        const auto* values = reinterpret_cast<const char*>(bench.values + v / kGroup * (kStep / 2) * kGroup + v % kGroup);
+        float* out = bench.out + v / kGroup * kGroup * kMostRows + row * kGroup + v % kGroup;
+        EACH(i, High) { Tiles::load<kSum + decltype(i)::value>(out + i * kTileTokens * kGroup, 4 * kGroup); });
+        EACH(k, 2) {
+            constexpr int K = decltype(k)::value;
+            Tiles::load<kValues + K>(values + K * kTileRows * kRowBytes, kRowBytes);
+            EACH(i, High) { Tiles::dot_bf16<kSum + decltype(i)::value, kChances + 2 * decltype(i)::value + K, kValues + K>(); });
+        });
+        EACH(i, High) { Tiles::store<kSum + decltype(i)::value>(out + i * kTileTokens * kGroup, 4 * kGroup); });
+    }
+}
+
+inline void add(const Attention& a, const Item& item, Bench& bench) {
+    if (!in_pairs(a)) return on_vectors::add(a, item, bench);
+    shrink_sums(a, item, bench);
+    Tiling tiling;
+    const int64_t rows = item.rows();
+    for (int64_t row = 0; row < rows; row += 2 * kTileTokens) {
+        const int first = int(std::min<int64_t>(kTileTokens, rows - row)), second = int(std::clamp<int64_t>(rows - row - kTileTokens, 0, kTileTokens));
+        tiling.values(first, second ? second : first);
+        (second ? add_values<2> : add_values<1>)(a, row, bench);
+    }
+}
+
+}  // namespace
