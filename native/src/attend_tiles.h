@@ -1,4 +1,4 @@
-// The products of attention on the tiles of AMX where the model is in bf16; else those of attend_vectors.h.
+// The products of attention on the tiles of AMX, for models in bf16.
 //
 // Keys of 64 positions lie as a group of packed weights does (packed.h), so scores are a product as in tiled.h. Values lie in pairs of
 // positions, so 32 of them are the weights of a tile for 16 channels. A row's numbers depend on its own row of a tile alone.
@@ -9,13 +9,13 @@
 #include "tiled.h"
 
 namespace {
+namespace on_tiles {
 
 /// A row's words of keys in a tile: see tile_rows.
 inline Shape keys_of(const Attention& a) { return {Weight::bf16, a.key_width, kGroup, 0, false}; }
 
 /// Queries as tiles of 16 rows: for each tile of keys their words, row by row.
 inline void gather_queries(const Attention& a, const Item& item, Bench& bench) {
-    if (!in_pairs(a)) return on_vectors::gather_queries(a, item, bench);
     const int64_t words = words_of(a), width = tile_rows(keys_of(a));
     for (int64_t row = 0; row < item.rows(); row++) {
         const int64_t first = row / kTileTokens * kTileTokens, count = std::min<int64_t>(kTileTokens, item.rows() - first);
@@ -25,12 +25,10 @@ inline void gather_queries(const Attention& a, const Item& item, Bench& bench) {
     }
 }
 
-inline void score(const Attention& a, const Item& item, Bench& bench) {
-    if (!in_pairs(a)) return on_vectors::score(a, item, bench);
+inline void score(const Attention& a, const Item& item, Bench& bench, Tiling& tiling) {
     const int64_t words = words_of(a), rows = tile_rows(keys_of(a));
     const Unit unit{reinterpret_cast<const uint8_t*>(bench.queries), item.rows(), 4 * words, int(rows)};
     const Span keys{0, words / rows, reinterpret_cast<const uint8_t*>(bench.keys), true, nullptr};
-    Tiling tiling;
     add_span<TilesOfKeys>(unit, keys, bench.scores, tiling, [](int64_t, int64_t, int, int) {});
 }
 
@@ -68,16 +66,24 @@ inline void add_values(const Attention& a, int64_t row, Bench& bench) {
     }
 }
 
-inline void add(const Attention& a, const Item& item, Bench& bench) {
-    if (!in_pairs(a)) return on_vectors::add(a, item, bench);
-    shrink_sums(a, item, bench);
-    Tiling tiling;
-    const int64_t rows = item.rows();
-    for (int64_t row = 0; row < rows; row += 2 * kTileTokens) {
-        const int first = int(std::min<int64_t>(kTileTokens, rows - row)), second = int(std::clamp<int64_t>(rows - row - kTileTokens, 0, kTileTokens));
-        tiling.values(first, second ? second : first);
-        (second ? add_values<2> : add_values<1>)(a, row, bench);
+/// The same for `rows` rows from `first` on.
+inline void add_rows(const Attention& a, int64_t first, int64_t rows, Bench& bench, Tiling& tiling) {
+    for (int64_t row = first; row < first + rows; row += 2 * kTileTokens) {
+        const int64_t left = first + rows - row, high = std::min<int64_t>(kTileTokens, left), low = std::clamp<int64_t>(left - kTileTokens, 0, kTileTokens);
+        tiling.values(int(high), int(low ? low : high));
+        (low ? add_values<2> : add_values<1>)(a, row, bench);
     }
 }
 
+inline void take_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
+    Tiling tiling;
+    gather_step(a, item, start, bench);
+    score(a, item, bench, tiling);
+    shrink(a, item, start, bench);
+    weigh(a, item, bench);
+    shrink_sums(a, item, bench);
+    add_rows(a, 0, item.rows(), bench, tiling);
+}
+
+}  // namespace on_tiles
 }  // namespace

@@ -4,8 +4,9 @@
 
 namespace {
 
-using on_vectors::add;
-using on_vectors::gather_queries;
-using on_vectors::score;
+inline Way way_for(const Attention&, const Item&) { return {on_vectors::gather_queries, on_vectors::take_step}; }
+
+/// Key heads of one query that an item may have.
+inline int64_t key_heads_together(const Attention&) { return 1; }
 
 }  // namespace

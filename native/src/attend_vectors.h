@@ -2,7 +2,8 @@
 #pragma once
 #include <algorithm>
 
-#include "bench.h"
+#include "gather.h"
+#include "softmax.h"
 #include "vectors.h"
 
 namespace {
@@ -79,6 +80,14 @@ inline void add(const Attention& a, const Item& item, Bench& bench) {
         for (int64_t v = 0; v < a.value_width; v += kGroup)
             adder(bench.values + v * rows, bench.chances + row * kStep, bench.shrink + row, bench.out + v * kMostRows + row * kGroup);
     }
+}
+
+inline void take_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
+    gather_step(a, item, start, bench);
+    score(a, item, bench);
+    shrink(a, item, start, bench);
+    weigh(a, item, bench);
+    add(a, item, bench);
 }
 
 }  // namespace on_vectors

@@ -29,13 +29,19 @@ struct Bench {
 
 struct Item {
     const Chunk* chunk;
-    int64_t kv_head, first_head, heads;  // heads: of those that share the key head
+    int64_t kv_head, first_head, heads;  // heads: of those that share the key head; or all of several key heads, of one query
     int64_t first, count;                // queries of the chunk
 
     int64_t rows() const { return heads * count; }
     int64_t position(int64_t row) const { return chunk->first + first + row / heads; }
     int64_t token(int64_t row) const { return chunk->row + first + row / heads; }
     int64_t head(const Attention& a, int64_t row) const { return kv_head * (a.heads / a.kv_heads) + first_head + row % heads; }
+};
+
+/// How an item is worked on: its queries are put where its steps look for them, and then a step of 64 positions after the other.
+struct Way {
+    void (*gather_queries)(const Attention&, const Item&, Bench&);
+    void (*take_step)(const Attention&, const Item&, int64_t start, Bench&);
 };
 
 /// Are chances and values multiplied as pairs of bf16? Chances are rounded to it then, their sums are not.

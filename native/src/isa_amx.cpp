@@ -1,7 +1,7 @@
 #define LINESHAFT_DOT_BF16
 #define LINESHAFT_LANES "lanes_avx512.h"
 #define LINESHAFT_PRODUCTS "tiled.h"
-#define LINESHAFT_ATTEND "attend_tiles.h"
+#define LINESHAFT_ATTEND "attend_direct.h"
 #ifdef LINESHAFT_SOFT_TILES
 #define LINESHAFT_TILES "tiles_soft.h"
 #else

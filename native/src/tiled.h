@@ -43,12 +43,12 @@ class Tiling {
     Tiling(const Tiling&) = delete;
     Tiling& operator=(const Tiling&) = delete;
     ~Tiling() {
-        if (rows_) Tiles::release();
+        if (use_ != Use::nothing) Tiles::release();
     }
 
     /// Two tiles of so many tokens each, weights of so many rows. Tiles keep nothing over a change.
     void shape(int first, int second, int rows) {
-        if (is(first, second, rows, false)) return;
+        if (is(Use::tokens, first, second, rows)) return;
         TileShapes shapes;
         for (int i = 0; i < 4; i++) set(shapes, kSums + i, i < 2 ? first : second, kBlock);
         for (int i = 0; i < 2; i++) set(shapes, kTokens + i, i ? second : first, rows), set(shapes, kWeights + i, rows, kBlock);
@@ -57,19 +57,30 @@ class Tiling {
 
     /// The same for attention's values (attend_tiles.h): of each tile of rows a tile of sums and two of chances; two of values.
     void values(int first, int second) {
-        if (is(first, second, kTileRows, true)) return;
+        if (is(Use::values, first, second, kTileRows)) return;
         TileShapes shapes;
         for (int i = 0; i < 6; i++) set(shapes, i, i == 0 || i == 2 || i == 3 ? first : second, kBlock);
         for (int i = 6; i < 8; i++) set(shapes, i, kTileRows, kBlock);
         Tiles::configure(shapes);
     }
 
+    /// The same for its keys where they lie (attend_direct.h): tiles of 16 of them, and of the words of some heads' queries.
+    void keys(int heads, int rows) {
+        if (is(Use::keys, heads, kTileTokens, rows)) return;
+        TileShapes shapes;
+        for (int i = 0; i < 4; i++) set(shapes, kSums + i, kTileTokens, heads);
+        for (int i = 0; i < 2; i++) set(shapes, kTokens + i, kTileTokens, rows), set(shapes, kWeights + i, rows, heads);
+        Tiles::configure(shapes);
+    }
+
   private:
+    enum class Use { nothing, tokens, values, keys };
+
     /// Is it configured like that? From now on it counts as such.
-    bool is(int first, int second, int rows, bool values) {
+    bool is(Use use, int first, int second, int rows) {
         const bool whole = first == kTileTokens && second == kTileTokens && rows == kTileRows;  // all tiles are alike, whatever they hold
-        const bool same = first == first_ && second == second_ && rows == rows_ && (whole || values == values_);
-        first_ = first, second_ = second, rows_ = rows, values_ = values;
+        const bool same = first == first_ && second == second_ && rows == rows_ && (whole || use == use_);
+        use_ = use, first_ = first, second_ = second, rows_ = rows;
         return same;
     }
 
@@ -78,8 +89,8 @@ class Tiling {
         shapes.row_bytes[tile] = uint16_t(4 * words);
     }
 
+    Use use_ = Use::nothing;
     int first_ = 0, second_ = 0, rows_ = 0;
-    bool values_ = false;
 };
 
 inline Layout layout_of(const Linear& l, void* scratch) {
