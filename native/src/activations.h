@@ -90,8 +90,8 @@ inline void pack_words(const Linear& l, const void* x, const Layout& s, int64_t 
     }
 }
 
-inline void pack_token(const Linear& l, const void* x, const Layout& s, int64_t step, uint32_t* to, float* sums) {
-    pack_words(l, x, s, step, to);
+/// Sums of one token over the inputs that share a zero point, to every `step`-th place.
+inline void sum_token(const Linear& l, const void* x, const Layout& s, int64_t step, float* sums) {
     if (!l.shape.scale_inputs || !l.shape.zeros) return;
     const int64_t group = l.shape.scale_inputs;
     for (int64_t g = 0; g < s.scales; g++) {

@@ -62,7 +62,7 @@ inline void find(const Attention& a, const Item& item, int64_t start, Found& fou
 inline void score_directly(const Attention& a, const Item& item, const Found& found, int64_t row, Bench& bench, Tiling& tiling) {
     constexpr int kSum = 0, kKeys = 4, kQueries = 6;
     alignas(64) float sums[kStep][kBlock], turned[kBlock][kStep];
-    const int64_t words = words_of(a), width = tile_rows(keys_of(a)), heads = item.heads;
+    const int64_t words = words_of(a), width = tile_rows(keys_of(a), 1), heads = item.heads;
     const uint32_t* queries = bench.queries + row * words;
     tiling.keys(int(heads), int(width));
     EACH(b, kBlocks) { Tiles::zero<kSum + decltype(b)::value>(); });

@@ -16,7 +16,7 @@ inline Shape keys_of(const Attention& a) { return {Weight::bf16, a.key_width, kG
 
 /// Queries as tiles of 16 rows: for each tile of keys their words, row by row.
 inline void gather_queries(const Attention& a, const Item& item, Bench& bench) {
-    const int64_t words = words_of(a), width = tile_rows(keys_of(a));
+    const int64_t words = words_of(a), width = tile_rows(keys_of(a), 1);
     for (int64_t row = 0; row < item.rows(); row++) {
         const int64_t first = row / kTileTokens * kTileTokens, count = std::min<int64_t>(kTileTokens, item.rows() - first);
         const auto* q = static_cast<const char*>(query_of(a, item, row));
@@ -26,7 +26,7 @@ inline void gather_queries(const Attention& a, const Item& item, Bench& bench) {
 }
 
 inline void score(const Attention& a, const Item& item, Bench& bench, Tiling& tiling) {
-    const int64_t words = words_of(a), rows = tile_rows(keys_of(a));
+    const int64_t words = words_of(a), rows = tile_rows(keys_of(a), 1);
     const Unit unit{reinterpret_cast<const uint8_t*>(bench.queries), item.rows(), 4 * words, int(rows)};
     const Span keys{0, words / rows, reinterpret_cast<const uint8_t*>(bench.keys), true, nullptr};
     add_span<TilesOfKeys>(unit, keys, bench.scores, tiling, [](int64_t, int64_t, int, int) {});

@@ -121,6 +121,22 @@ struct Lanes {
             0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
         return _mm512_permutexvar_epi16(_mm512_srli_epi16(x, N), _mm512_load_si512(table));
     }
+    /// Pairs of bf16 of bytes 2 H and 2 H + 1 of each lane, as numbers of e4m3 (fp8_byte in dots.h). Those below 2^-6 are looked up: a
+    /// permutation reads the low five bits of its index, of which three are m, so the eight numbers stand there four times.
+    template <int H> static I fp8_pairs(I x) {
+        alignas(64) static constexpr uint16_t least[32] = {
+            0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60, 0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60,
+            0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60, 0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60};
+        constexpr int64_t kSecond = 0x0800080008000800;  // from the first to the second half of 16 bytes
+        constexpr int64_t kFirst = H ? 0x0780068003800280 : 0x0580048001800080;  // 0x80: a zero byte
+        const __m512i upper = _mm512_set4_epi64(kFirst + kSecond, kFirst, kFirst + kSecond, kFirst);
+        const __m512i up = _mm512_shuffle_epi8(x, upper);
+        const __m512i size = _mm512_srli_epi16(_mm512_and_si512(up, _mm512_set1_epi16(0x7f00)), 4);
+        const __m512i normal = _mm512_add_epi16(size, _mm512_set1_epi16(120 << 7));
+        const __m512i found = _mm512_permutexvar_epi16(_mm512_srli_epi16(up, 8), _mm512_load_si512(least));
+        const __m512i value = _mm512_mask_mov_epi16(normal, _mm512_testn_epi16_mask(up, _mm512_set1_epi16(0x7800)), found);
+        return _mm512_or_si512(value, _mm512_and_si512(up, _mm512_set1_epi16(int16_t(0x8000))));
+    }
     /// acc += both products of a pair of bf16, in each lane.
     static F dot_pairs(F acc, I w, I a) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)a); }
 #else

@@ -20,21 +20,27 @@ constexpr int64_t kChunk = 7;         // tiles of inputs that a group's weights 
 constexpr int64_t kFew = Lanes::kMaxRows;
 constexpr int kSums = 0, kTokens = 4, kWeights = 6;  // tile registers: four of sums, two of activations, two of weights
 
-/// Is it worked on in tiles? Codes with more than one scale, or of 4 bits, only for more than a few tokens: for these, spilling sums
-/// after each scale or widening codes costs more than tiles save (32 against 33 and 27 against 31 GB/s, notes of a Sapphire Rapids).
+/// Is it worked on in tiles? Codes that meet 8-bit activations, if they have more than one scale or 4 bits, only for more than a few tokens: for
+/// these, spilling sums after each scale or widening codes costs more than tiles save (32 against 33 and 27 against 31 GB/s, notes of a
+/// Sapphire Rapids).
 inline bool tiled(const Linear& l) {
     if (l.shape.kind == Weight::bf16) return l.tokens > kFewTokens;
+    if (in_pairs(l)) return l.shape.kind == Weight::int4 || l.tokens > kFewOfCodes;  // 24 beside 20, 21 beside 23 GB/s
     return l.whole && (l.tokens > kFew || (l.tokens > 1 && l.shape.kind == Weight::int8 && l.shape.scales() == 1));
 }
 
+/// Rows of tiles that a row of packed weights becomes: codes meet bytes or pairs of bf16.
+inline int widened(const Linear& l) { return int(words_of(l) / (l.shape.rows_a_scale() * l.shape.scales())); }
+
 /// Rows of a tile of weights, each 4 bytes of every output: as many as divide what shares a scale, so that no tile is cut. All 16
 /// where the inputs are a multiple of 32 (bf16) or 64; a width without such a divisor works, slower.
-inline int tile_rows(const Shape& shape) {
-    const int widened = shape.kind == Weight::int4 ? 2 : 1;  // a row of 4-bit codes becomes two of 8 bits
+inline int tile_rows(const Shape& shape, int widened) {
     for (int rows = kTileRows / widened; rows > 1; rows--)
         if (shape.rows_a_scale() % rows == 0) return rows * widened;
     return widened;
 }
+
+inline int tile_rows(const Linear& l) { return tile_rows(l.shape, widened(l)); }
 
 /// The configuration of a thread's tiles, while it works on its share of a product.
 class Tiling {
@@ -101,15 +107,14 @@ inline Layout layout_of(const Linear& l, void* scratch) {
 
 /// The tokens from `first` on that share a tile.
 inline void pack_tokens(const Linear& l, const Layout& s, int64_t first, int64_t count) {
-    const int64_t row = tile_rows(l.shape), tile = first / s.tile, unit = std::min(s.tile, l.tokens - tile * s.tile);
-    uint32_t rounded_words[1 << 14];  // of one token: inputs are fewer than 2^16 (ops/packing.py)
+    const int64_t row = tile_rows(l), tile = first / s.tile, unit = std::min(s.tile, l.tokens - tile * s.tile);
+    uint32_t words[1 << 15];  // of one token: inputs are fewer than 2^16 (ops/packing.py)
     for (int64_t m = 0; m < count; m++) {
-        const int64_t token = first + m;
+        const int64_t token = first + m, sums = tile * s.tile * s.scales + token % s.tile;
         const void* x = token_of(l, token);
-        if (l.whole) {
-            round_token(l, x, s, 1, rounded_words, s.scale + token, unit, s.whole + tile * s.tile * s.scales + token % s.tile);
-            x = rounded_words;
-        }
+        if (l.whole) round_token(l, x, s, 1, words, s.scale + token, unit, s.whole + sums);
+        else if (in_pairs(l)) pack_words(l, x, s, 1, words), sum_token(l, x, s, unit, s.real + sums);
+        if (l.shape.scale_inputs) x = words;
         char* to = reinterpret_cast<char*>(s.packed + first * s.words + m * row);
         for (int64_t word = 0; word < s.words; word += row) std::memcpy(to + 4 * word * count, static_cast<const char*>(x) + 4 * word, size_t(4 * row));
     }
@@ -122,8 +127,12 @@ inline void pack(const Linear& l, void* scratch, int part, int parts) {
     for (int64_t i = own.first; i < own.last; i++) pack_tokens(l, s, i * kTileTokens, std::min<int64_t>(kTileTokens, l.tokens - i * kTileTokens));
 }
 
+/// What tiles hold. kWhole: codes and 8-bit activations. kStreams: weights come from memory as they are, and are asked for ahead. Else
+/// `widen` makes kWiden rows of each of theirs, which stay in the first cache.
 struct TilesOfBf16 {
-    static constexpr bool kWhole = false, kNibbles = false, kStreams = true;  // kStreams: weights come from memory, and are asked for ahead
+    using Acc = Lanes::F;
+    static constexpr bool kWhole = false, kCoded = false, kStreams = true;
+    static constexpr int kWiden = 1;
     template <int C, int A, int B> static void dot() { Tiles::dot_bf16<C, A, B>(); }
 };
 
@@ -133,12 +142,35 @@ struct TilesOfKeys : TilesOfBf16 {
 };
 
 struct TilesOfBytes {
-    static constexpr bool kWhole = true, kNibbles = false, kStreams = true;
+    using Acc = Lanes::I;
+    static constexpr bool kWhole = true, kCoded = true, kStreams = true;
+    static constexpr int kWiden = 1;
     template <int C, int A, int B> static void dot() { Tiles::dot_bytes<C, A, B>(); }
 };
 
+/// 4-bit codes as bytes.
 struct TilesOfNibbles : TilesOfBytes {
-    static constexpr bool kNibbles = true, kStreams = false;
+    static constexpr bool kStreams = false;
+    static constexpr int kWiden = 2;
+    static void widen(const uint8_t* from, int64_t rows, uint8_t* to) {
+        const auto mask = Lanes::set1_int(0x0f0f0f0f);
+        for (int64_t row = 0; row < rows; row++, from += kRowBytes, to += 2 * kRowBytes)
+            for (int b = 0; b < kRowBytes; b += 64) {
+                __builtin_prefetch(from + kAhead + b, 0, 3);
+                const Lanes::I both = Lanes::load_int(from + b);
+                const Lanes::I low = Lanes::and_int(both, mask), high = Lanes::and_int(Lanes::shift_right<4>(both), mask);
+                std::memcpy(to + b, &low, 64);
+                std::memcpy(to + kRowBytes + b, &high, 64);
+            }
+    }
+};
+
+/// Codes, FP8 among them, as pairs of bf16.
+template <class Dot>
+struct TilesOfPairs : TilesOfBf16 {
+    static constexpr bool kCoded = true, kStreams = false;
+    static constexpr int kWiden = Dot::kWords;
+    static void widen(const uint8_t* from, int64_t rows, uint8_t* to) { on_vectors::unpack_pairs<Dot, kAhead>(from, rows, to); }
 };
 
 /// The tokens of one tile of the layout.
@@ -217,31 +249,17 @@ inline void add_span(const Unit& u, const Span& span, void* sums, Tiling& tiling
     done(token, u.count(token), 0, kGroup / kBlock);
 }
 
-/// Rows of 4-bit codes to twice as many of 8 bits.
-inline void widen_codes(const uint8_t* from, int64_t rows, uint8_t* to) {
-    const auto mask = Lanes::set1_int(0x0f0f0f0f);
-    for (int64_t row = 0; row < rows; row++, from += kRowBytes, to += 2 * kRowBytes)
-        for (int b = 0; b < kRowBytes; b += 64) {
-            __builtin_prefetch(from + kAhead + b, 0, 3);
-            const Lanes::I both = Lanes::load_int(from + b);
-            const Lanes::I low = Lanes::and_int(both, mask), high = Lanes::and_int(Lanes::shift_right<4>(both), mask);
-            std::memcpy(to + b, &low, 64);
-            std::memcpy(to + kRowBytes + b, &high, 64);
-        }
-}
-
-/// Sums of the codes of one scale, scaled and added to a token's numbers, in the order of coded_tile (micro.h).
-inline void scale_sums(const Shape& shape, const uint8_t* header, int64_t scale_index, const Sums& sums, int64_t tokens, int64_t token, int64_t count,
-                       int block, const int32_t* whole, float* numbers) {
+/// Sums over what shares a scale, centred, scaled and added to a token's numbers, in the order of `finish` (micro.h).
+template <class Op>
+void scale_sums(const Shape& shape, const uint8_t* header, int64_t scale_index, const Sums& sums, int64_t tokens, int64_t token, int64_t count,
+                int block, const void* parts, float* numbers) {
     const bool first = scale_index == 0, last = scale_index == shape.scales() - 1;
     const auto scale = Lanes::load(reinterpret_cast<const float*>(header) + block * kBlock);
-    const Lanes::I zeros = zeros_of(shape, header, block, 0);
     for (int64_t m = token; m < token + count; m++) {
         const int64_t place = m * kGroup + block * kBlock;
-        const Lanes::I codes = Lanes::load_int(whole + place);
-        const auto part = Lanes::to_float(Lanes::sub_int(codes, Lanes::mul_int(zeros, Lanes::set1_int(sums.whole[scale_index * tokens + m]))));
+        const auto part = centred<Op>(shape, load_part<typename Op::Acc>(static_cast<const float*>(parts) + place), header, block, sums, scale_index * tokens + m);
         auto value = first ? Lanes::mul(part, scale) : Lanes::fma(part, scale, Lanes::load(numbers + place));
-        if (last) value = Lanes::mul(value, Lanes::set1(sums.scale[m]));
+        if (Op::kWhole && last) value = Lanes::mul(value, Lanes::set1(sums.scale[m]));
         Lanes::store(numbers + place, value);
     }
 }
@@ -249,26 +267,61 @@ inline void scale_sums(const Shape& shape, const uint8_t* header, int64_t scale_
 /// numbers[token][output] of a unit and one group of outputs, chunk by chunk of the inputs: sums go to memory and back exactly.
 template <class Op>
 void multiply_group(const Shape& shape, const Unit& u, const Sums& sums, const uint8_t* group, float* numbers, Tiling& tiling) {
-    alignas(64) int32_t whole[Op::kWhole ? kMostTokens * kGroup : 1];
-    alignas(64) uint8_t widened[Op::kNibbles ? kChunk * kTileRows * kRowBytes : 1];
-    void* const to = Op::kWhole ? static_cast<void*>(whole) : numbers;
-    const int64_t scales = shape.scales(), rows = shape.rows_a_scale(), tiles = rows * (Op::kNibbles ? 2 : 1) / u.rows;
-    const int64_t chunk = Op::kNibbles || u.tokens > kTileTokens ? kChunk : tiles;  // one tile of tokens reads weights once, in order
+    alignas(64) float parts[Op::kCoded ? kMostTokens * kGroup : 1];  // or int32
+    alignas(64) uint8_t wide[Op::kWiden > 1 ? kChunk * kTileRows * kRowBytes : 1];
+    void* const to = Op::kCoded ? parts : numbers;
+    const int64_t scales = shape.scales(), rows = shape.rows_a_scale(), tiles = rows * Op::kWiden / u.rows, tile_rows = u.rows / Op::kWiden;
+    const int64_t chunk = Op::kWiden > 1 || u.tokens > kTileTokens ? kChunk : tiles;  // one tile of tokens reads weights once, in order
     for (int64_t g = 0; g < scales; g++) {
         const uint8_t* const weights = group + shape.header_bytes();
         for (int64_t tile = 0; tile < tiles; tile += chunk) {
             const int64_t count = std::min(chunk, tiles - tile);
-            Span span{g * tiles + tile, count, weights + tile * u.rows * kRowBytes, tile == 0, weights + (tile + count) * u.rows * kRowBytes};
-            if constexpr (Op::kNibbles) {
-                widen_codes(weights + tile * u.rows / 2 * kRowBytes, count * u.rows / 2, widened);
-                span.weights = widened;
+            const uint8_t* const from = weights + tile * tile_rows * kRowBytes;
+            Span span{g * tiles + tile, count, from, tile == 0, from + count * tile_rows * kRowBytes};
+            if constexpr (Op::kWiden > 1) {
+                Op::widen(from, count * tile_rows, wide);
+                span.weights = wide;
             }
             add_span<Op>(u, span, to, tiling, [&](int64_t token, int64_t tokens, int block, int blocks) {
-                if (!Op::kWhole || tile + count < tiles) return;
-                for (int b = block; b < block + blocks; b++) scale_sums(shape, group, g, sums, u.tokens, token, tokens, b, whole, numbers);
+                if (!Op::kCoded || tile + count < tiles) return;
+                for (int b = block; b < block + blocks; b++) scale_sums<Op>(shape, group, g, sums, u.tokens, token, tokens, b, parts, numbers);
             });
         }
         group = weights + rows * kRowBytes;
+    }
+}
+
+/// The same for few tokens in bf16, which are no tile.
+template <class Dot>
+void multiply_few(const Linear& l, const Layout& s, const uint8_t* group, float* numbers) {
+    using Op = TilesOfPairs<Dot>;
+    alignas(64) float parts[kFewTokens * kGroup];
+    const Shape& shape = l.shape;
+    const int64_t rows = shape.rows_a_scale(), turn = tile_rows(l) / Dot::kWords;
+    const Sums sums{nullptr, nullptr, s.real};
+    const AddFew add = few_for<Dot>(l.tokens);
+    const uint32_t* a = as_it_is(l) ? static_cast<const uint32_t*>(token_of(l, 0)) : s.packed;
+    for (int64_t g = 0; g < shape.scales(); g++, a += rows * Dot::kWords * l.tokens) {
+        const uint8_t* const weights = group + shape.header_bytes();
+        float* const to = shape.scale_inputs ? parts : numbers;
+        std::fill_n(to, l.tokens * kGroup, 0.0f);
+        {
+            const Flushed flushed;
+            add(a, weights, rows, turn, to);
+        }
+        for (int b = 0; shape.scale_inputs && b < kGroup / kBlock; b++) scale_sums<Op>(shape, group, g, sums, l.tokens, 0, l.tokens, b, parts, numbers);
+        group = weights + rows * kRowBytes;
+    }
+}
+
+using Multiply = void (*)(const Shape&, const Unit&, const Sums&, const uint8_t* group, float* numbers, Tiling&);
+
+inline Multiply multiply_for(const Linear& l) {
+    switch (l.shape.kind) {
+        case Weight::int8: return l.whole ? multiply_group<TilesOfBytes> : multiply_group<TilesOfPairs<DotW8Pairs>>;
+        case Weight::int4: return l.whole ? multiply_group<TilesOfNibbles> : multiply_group<TilesOfPairs<DotW4Pairs>>;
+        case Weight::fp8: return multiply_group<TilesOfPairs<DotF8Pairs>>;
+        default: return multiply_group<TilesOfBf16>;
     }
 }
 
@@ -276,17 +329,14 @@ void multiply_group(const Shape& shape, const Unit& u, const Sums& sums, const u
 inline void multiply(const Linear& l, const Layout& s, int64_t tile, int64_t group, float* numbers, Tiling& tiling) {
     const uint8_t* const weights = l.weight + group * l.shape.group_bytes();
     if (!tiled(l)) {
-        if (l.shape.kind != Weight::bf16) return on_vectors::multiply(l, s, tile, group, numbers);
-        const auto* tokens = as_it_is(l) ? static_cast<const uint32_t*>(token_of(l, 0)) : s.packed;
-        return few(l.tokens, tokens, weights, l.shape.rows_a_scale(), tile_rows(l.shape), numbers);
+        if (l.shape.kind == Weight::bf16) return multiply_few<DotPairs>(l, s, weights, numbers);
+        if (!in_pairs(l)) return on_vectors::multiply(l, s, tile, group, numbers);
+        return (l.shape.kind == Weight::int8 ? multiply_few<DotW8Pairs> : multiply_few<DotF8Pairs>)(l, s, weights, numbers);
     }
     const int64_t first = tile * s.tile, count = std::min(s.tile, l.tokens - first);
-    const Sums sums{s.scale + first, s.whole + first * s.scales, nullptr};
-    const Unit u{reinterpret_cast<const uint8_t*>(s.packed + first * s.words), count, 4 * s.words, tile_rows(l.shape)};
-    const auto of = l.shape.kind == Weight::bf16   ? multiply_group<TilesOfBf16>
-                    : l.shape.kind == Weight::int8 ? multiply_group<TilesOfBytes>
-                                                   : multiply_group<TilesOfNibbles>;
-    of(l.shape, u, sums, weights, numbers, tiling);
+    const Sums sums{s.scale + first, s.whole + first * s.scales, s.real + first * s.scales};
+    const Unit u{reinterpret_cast<const uint8_t*>(s.packed + first * s.words), count, 4 * s.words, tile_rows(l)};
+    multiply_for(l)(l.shape, u, sums, weights, numbers, tiling);
 }
 
 }  // namespace

@@ -44,8 +44,12 @@ inline void pack_tile(const Linear& l, const Layout& s, int64_t first, int64_t c
     for (int64_t m = 0; m < count; m++) {
         const void* x = token_of(l, first + m);
         uint32_t* to = s.packed + first * s.words + m;
-        if (l.whole) round_token(l, x, s, count, to, s.scale + first + m, count, s.whole + first * s.scales + m);
-        else pack_token(l, x, s, count, to, s.real + first * s.scales + m);
+        if (l.whole) {
+            round_token(l, x, s, count, to, s.scale + first + m, count, s.whole + first * s.scales + m);
+        } else {
+            pack_words(l, x, s, count, to);
+            sum_token(l, x, s, count, s.real + first * s.scales + m);
+        }
     }
 }
 
@@ -65,10 +69,12 @@ struct Way {
 };
 
 #ifdef LINESHAFT_DOT_BF16
-template <class Dot>
+/// Ahead: bytes ahead that are asked for.
+template <class Dot, int Ahead = 0>
 void unpack_pairs(const uint8_t* rows, int64_t count, uint8_t* to) {
     for (int64_t row = 0; row < count; row++, rows += kRowBytes, to += Dot::kWords * kRowBytes)
         for (int b = 0; b < kRowBytes; b += 64) {
+            if constexpr (Ahead) __builtin_prefetch(rows + Ahead + b, 0, 3);
             const auto made = Dot::weights(rows + b);
             for (int j = 0; j < Dot::kWords; j++) Lanes::store_int(to + j * kRowBytes + b, made.pairs[j]);
         }

@@ -100,6 +100,21 @@ def test_attention_over_pages_is_what_its_definition_says(isa: str) -> None:
     assert np.abs(got - wanted).max() < 1e-6
 
 
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 40])
+def test_every_number_of_fp8_meets_its_token_exactly(isa: str, dtype: torch.dtype, tokens: int) -> None:
+    """Those below 2^-6 among them, and zero of either sign."""
+    numbers = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8).view(torch.float8_e4m3fn)
+    weight = torch.stack([numbers.view(torch.uint8).roll(place) for place in range(16)], 1).view(torch.float8_e4m3fn)
+    made = packing.pack_fp8(weight, torch.ones(1, 1), (len(weight), 16))
+    assert made is not None
+    shape, packed = made
+    with on(isa):
+        got = native.packed_linear(torch.eye(16, dtype=dtype).repeat(3, 1)[:tokens], packed, shape, None, False)
+    assert torch.equal(got.float(), weight.float().T.repeat(3, 1)[:tokens])
+
+
 # -- not a number, and infinite ------------------------------------------------------------------------------------
 
 SPOILT = [math.nan, math.inf, -math.inf]

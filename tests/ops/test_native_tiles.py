@@ -116,6 +116,33 @@ def test_8_bit_activations_give_the_bits_of_vectors(bits: int, inputs: int, grou
             assert same_bits(native.packed_linear(x[:tokens], packed, shape, None, True), wanted[:tokens])
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("bits", "inputs", "group"), CODED)
+def test_codes_that_meet_bf16_give_a_row_the_same_bits_in_any_company(bits: int, inputs: int, group: int, zeros: bool) -> None:
+    same_in_any_company(*coded(inputs, group, bits, zeros))
+
+
+@pytest.mark.parametrize(("inputs", "block"), [(8, 8), (40, 20), (64, 64), (384, 128), (1216, 1216)])
+def test_fp8_that_meets_bf16_gives_a_row_the_same_bits_in_any_company(inputs: int, block: int) -> None:
+    luck = torch.Generator().manual_seed(inputs)
+    weight = torch.randn(130, inputs, generator=luck).to(torch.float8_e4m3fn)
+    made = packing.pack_fp8(weight, torch.rand(3, inputs // block, generator=luck), (64, block))
+    assert made is not None
+    same_in_any_company(*made)
+
+
+def same_in_any_company(shape: packing.Shape, packed: Tensor) -> None:
+    packed = packed.clone()
+    x = torch.randn(max(TOKENS), shape.inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with on("amx"):
+        alone = torch.cat([native.packed_linear(x[[row]], packed, shape, None, False) for row in range(len(x))])
+    wanted = x.float() @ packing.unpack(packed, shape).T
+    assert torch.allclose(alone.float(), wanted, rtol=1e-2, atol=1e-2 * wanted.abs().max().item())
+    for tokens in TOKENS:
+        with on("amx", 1 + tokens % 3):
+            assert same_bits(native.packed_linear(x[-tokens:], packed, shape, None, False), alone[-tokens:])
+
+
 @pytest.mark.parametrize("inputs", [4, 20, 32, 148, 320, 480])
 def test_a_bf16_row_has_the_same_bits_in_any_company(inputs: int) -> None:
     luck = torch.Generator().manual_seed(inputs)

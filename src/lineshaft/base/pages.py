@@ -37,10 +37,6 @@ class _Stock:
     def __init__(self, size: int) -> None:
         self.memory, self.used = huge(size), 0
 
-    def fill(self) -> None:
-        """Touch all of it. Other threads run meanwhile, which mmap.madvise would not let them."""
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(len(self.memory)), _POPULATE_WRITE)  # else: when it is used
 
     def take(self, size: int) -> Place | None:
         if self.used + size > len(self.memory):
@@ -58,8 +54,17 @@ def make_ready(size: int) -> None:
     global _stock  # noqa: PLW0603 # of this process
     if hasattr(mmap, "MADV_HUGEPAGE") and HUGE <= size <= available_memory_bytes() // 2:
         stock = _Stock(size)
-        stock.fill()
+        touch(stock.memory, size)
         _stock = stock
+
+
+def touch(memory: mmap.mmap, size: int) -> None:
+    """Have the system give the first `size` bytes now; what they hold stays. Other threads run meanwhile, which mmap.madvise would not let them.
+
+    Where the system can't, memory is given when it is used.
+    """
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(min(size, len(memory))), _POPULATE_WRITE)
 
 
 def place(size: int) -> Place:
