@@ -142,10 +142,30 @@ inline void add_directly(const Attention& a, const Item& item, const Found& foun
     few[item.heads - 1](a, found, row, bench);
 }
 
+/// Reads the entries of a step once, in the order of their addresses, so that they are in the second cache. Its look-ahead follows loads that
+/// walk through memory, and neither the walk from head to head nor prefetch instructions: 1.8 instead of 2.3 us a step and head.
+inline void read_through(const Attention& a, const Item& item, int64_t start) {
+    const int64_t end = std::min(start + kStep, item.position(0) + 1), heads = item.heads / shared_heads(a, item);
+    Lanes::I sum = Lanes::set1_int(0);
+    const auto read = [&](bool keys) {
+        const int64_t bytes = 2 * (keys ? a.key_head_stride * (heads - 1) + a.key_width : a.value_head_stride * (heads - 1) + a.value_width);
+        for (int64_t position = start; position < end; position++) {
+            if (!sees(a.reach, item.position(0), position)) continue;
+            const Where at = where(a, item, position);
+            const auto* from = static_cast<const char*>(row_of(a.activation, keys ? a.keys : a.values, keys ? at.key : at.value));
+            for (int64_t i = 0; i + 64 <= bytes; i += 64) sum = Lanes::xor_int(sum, Lanes::load_int(from + i));
+        }
+    };
+    read(true);
+    if (a.keys != a.values) read(false);
+    asm volatile("" ::"v"(sum));  // as if it were used
+}
+
 inline void take_directly(const Attention& a, const Item& item, int64_t start, Bench& bench) {
     const int64_t heads = shared_heads(a, item), parts = item.heads / heads;
     Found found[kMostKeyHeads];
     Tiling tiling;
+    if (parts > 1) read_through(a, item, start);
     for (int64_t part = 0; part < parts; part++) {
         find(a, of_one(a, item, part), start, found[part]);
         score_directly(a, of_one(a, item, part), found[part], part * heads, bench, tiling);

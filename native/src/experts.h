@@ -92,8 +92,8 @@ inline void swiglu(const Experts& e, const Desk& d, int part, int parts) {
         const int64_t tokens = gate.linear.tokens, tile_tokens = gate.layout.tile;
         for (int64_t group = groups.first; group < groups.last; group++)
             for (int64_t tile = 0; tile < gate.layout.tiles(tokens); tile++) {
-                multiply(gate.linear, gate.layout, tile, group, gates, tiling);
-                multiply(up.linear, up.layout, tile, group, ups, tiling);
+                multiply(gate.linear, gate.layout, tile, group, 1, gates, tiling);
+                multiply(up.linear, up.layout, tile, group, 1, ups, tiling);
                 for (int64_t m = 0, t = tile * tile_tokens; m < tile_tokens && t < tokens; m++, t++) {
                     void* out = const_cast<void*>(row_of(e.activation, d.middle, (d.starts[expert] + t) * width));
                     put_swiglu(e.activation, gates + m * kGroup, ups + m * kGroup, out, group * kGroup, width);

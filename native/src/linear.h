@@ -32,13 +32,17 @@ inline void put(const Linear& l, int64_t first, int64_t count, int64_t group, co
 }
 
 inline void groups_of(const Linear& l, const Layout& s, team::Range groups) {
-    alignas(64) float numbers[kMostTokens * kGroup];
+    alignas(64) static thread_local float numbers[kTogether * kMostTokens * kGroup];
     Tiling tiling;
-    for (int64_t group = groups.first; group < groups.last; group++)
+    const int64_t most = together(l, s);
+    for (int64_t group = groups.first; group < groups.last; group += most) {
+        const int64_t count = std::min(most, groups.last - group);
         for (int64_t tile = 0; tile < s.tiles(l.tokens); tile++) {
-            multiply(l, s, tile, group, numbers, tiling);
-            put(l, tile * s.tile, std::min(s.tile, l.tokens - tile * s.tile), group, numbers);
+            multiply(l, s, tile, group, count, numbers, tiling);
+            for (int64_t i = 0; i < count; i++)
+                put(l, tile * s.tile, std::min(s.tile, l.tokens - tile * s.tile), group + i, numbers + i * kMostTokens * kGroup);
         }
+    }
 }
 
 inline void linear(const Linear& l, void* scratch, int part, int parts) {

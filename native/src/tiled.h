@@ -17,6 +17,8 @@ constexpr int kTileTokens = 16;
 constexpr int kTileRows = 16;
 constexpr int64_t kMostTokens = 256;  // in a tile of the layout: activations of so many tokens stay in the second cache
 constexpr int64_t kChunk = 7;         // tiles of inputs that a group's weights stay in the first cache for: 28 KB
+constexpr int64_t kTogether = 4;      // groups of outputs that share a chunk of the tokens
+constexpr int64_t kStays = 768 << 10; // bytes
 constexpr int64_t kFew = Lanes::kMaxRows;
 constexpr int kSums = 0, kTokens = 4, kWeights = 6;  // tile registers: four of sums, two of activations, two of weights
 
@@ -234,14 +236,15 @@ inline void add_tiles(const Unit& u, const Span& span, int64_t token, int block,
 template <class Op, class Done>
 inline void add_span(const Unit& u, const Span& span, void* sums, Tiling& tiling, Done done) {
     const int64_t pairs = (u.tokens + kTileTokens - 1) / kTileTokens / 2;
-    for (int block = 0; block < kGroup / kBlock && pairs; block += 2)
-        for (int64_t pair = 0; pair < pairs; pair++) {
-            const int64_t token = pair * 2 * kTileTokens;
-            const int second = u.count(token + kTileTokens);
-            tiling.shape(kTileTokens, second, u.rows);
+    for (int64_t pair = 0; pair < pairs; pair++) {
+        const int64_t token = pair * 2 * kTileTokens;
+        const int second = u.count(token + kTileTokens);
+        tiling.shape(kTileTokens, second, u.rows);
+        for (int block = 0; block < kGroup / kBlock; block += 2) {  // these tokens are in the first cache the second time
             add_tiles<Op, 2>(u, span, token, block, sums);
             done(token, kTileTokens + second, block, 2);
         }
+    }
     const int64_t token = pairs * 2 * kTileTokens;
     if (token >= u.tokens) return;
     tiling.shape(u.count(token), u.count(token), u.rows);
@@ -264,31 +267,42 @@ void scale_sums(const Shape& shape, const uint8_t* header, int64_t scale_index, 
     }
 }
 
-/// numbers[token][output] of a unit and one group of outputs, chunk by chunk of the inputs: sums go to memory and back exactly.
+/// Some groups of outputs that follow each other, and where their numbers go: [groups][kMostTokens][64].
+struct Groups {
+    const uint8_t* weights;
+    int64_t count;
+    float* numbers;
+
+    static constexpr int64_t kNumbers = kMostTokens * kGroup;  // of a group
+};
+
+/// numbers[group][token][output] of a unit and some groups, chunk by chunk of the inputs: sums go to memory and back exactly. The tokens'
+/// share of a chunk stays in the second cache for all groups, where all of it would not: 256 tokens of 3584 inputs are 1.8 MB.
 template <class Op>
-void multiply_group(const Shape& shape, const Unit& u, const Sums& sums, const uint8_t* group, float* numbers, Tiling& tiling) {
-    alignas(64) float parts[Op::kCoded ? kMostTokens * kGroup : 1];  // or int32
+void multiply_groups(const Shape& shape, const Unit& u, const Sums& sums, const Groups& groups, Tiling& tiling) {
+    alignas(64) static thread_local float parts_of_all[Op::kCoded ? kTogether * Groups::kNumbers : 1];  // or int32
     alignas(64) uint8_t wide[Op::kWiden > 1 ? kChunk * kTileRows * kRowBytes : 1];
-    void* const to = Op::kCoded ? parts : numbers;
-    const int64_t scales = shape.scales(), rows = shape.rows_a_scale(), tiles = rows * Op::kWiden / u.rows, tile_rows = u.rows / Op::kWiden;
+    const int64_t scales = shape.scales(), rows = shape.rows_a_scale(), tiles = rows * Op::kWiden / u.rows, tile_bytes = u.rows / Op::kWiden * kRowBytes;
+    const int64_t a_scale = shape.header_bytes() + rows * kRowBytes;
     const int64_t chunk = Op::kWiden > 1 || u.tokens > kTileTokens ? kChunk : tiles;  // one tile of tokens reads weights once, in order
-    for (int64_t g = 0; g < scales; g++) {
-        const uint8_t* const weights = group + shape.header_bytes();
-        for (int64_t tile = 0; tile < tiles; tile += chunk) {
-            const int64_t count = std::min(chunk, tiles - tile);
-            const uint8_t* const from = weights + tile * tile_rows * kRowBytes;
-            Span span{g * tiles + tile, count, from, tile == 0, from + count * tile_rows * kRowBytes};
-            if constexpr (Op::kWiden > 1) {
-                Op::widen(from, count * tile_rows, wide);
-                span.weights = wide;
+    for (int64_t g = 0; g < scales; g++)
+        for (int64_t tile = 0; tile < tiles; tile += chunk)
+            for (int64_t i = 0; i < groups.count; i++) {
+                const uint8_t* const header = groups.weights + i * shape.group_bytes() + g * a_scale;
+                const uint8_t* const from = header + shape.header_bytes() + tile * tile_bytes;
+                float *const numbers = groups.numbers + i * Groups::kNumbers, *const parts = Op::kCoded ? parts_of_all + i * Groups::kNumbers : numbers;
+                const int64_t count = std::min(chunk, tiles - tile);
+                const bool last = i + 1 == groups.count;
+                Span span{g * tiles + tile, count, from, tile == 0, last ? from + count * tile_bytes - i * shape.group_bytes() : from + shape.group_bytes()};
+                if constexpr (Op::kWiden > 1) {
+                    Op::widen(from, count * (u.rows / Op::kWiden), wide);
+                    span.weights = wide;
+                }
+                add_span<Op>(u, span, parts, tiling, [&](int64_t token, int64_t tokens, int block, int blocks) {
+                    if (!Op::kCoded || tile + count < tiles) return;
+                    for (int b = block; b < block + blocks; b++) scale_sums<Op>(shape, header, g, sums, u.tokens, token, tokens, b, parts, numbers);
+                });
             }
-            add_span<Op>(u, span, to, tiling, [&](int64_t token, int64_t tokens, int block, int blocks) {
-                if (!Op::kCoded || tile + count < tiles) return;
-                for (int b = block; b < block + blocks; b++) scale_sums<Op>(shape, group, g, sums, u.tokens, token, tokens, b, parts, numbers);
-            });
-        }
-        group = weights + rows * kRowBytes;
-    }
 }
 
 /// The same for few tokens in bf16, which are no tile.
@@ -314,29 +328,38 @@ void multiply_few(const Linear& l, const Layout& s, const uint8_t* group, float*
     }
 }
 
-using Multiply = void (*)(const Shape&, const Unit&, const Sums&, const uint8_t* group, float* numbers, Tiling&);
+inline void multiply_untiled(const Linear& l, const Layout& s, int64_t tile, int64_t group, float* numbers) {
+    const uint8_t* const weights = l.weight + group * l.shape.group_bytes();
+    if (l.shape.kind == Weight::bf16) return multiply_few<DotPairs>(l, s, weights, numbers);
+    if (!in_pairs(l)) return on_vectors::multiply(l, s, tile, group, numbers);
+    return (l.shape.kind == Weight::int8 ? multiply_few<DotW8Pairs> : multiply_few<DotF8Pairs>)(l, s, weights, numbers);
+}
+
+using Multiply = void (*)(const Shape&, const Unit&, const Sums&, const Groups&, Tiling&);
 
 inline Multiply multiply_for(const Linear& l) {
     switch (l.shape.kind) {
-        case Weight::int8: return l.whole ? multiply_group<TilesOfBytes> : multiply_group<TilesOfPairs<DotW8Pairs>>;
-        case Weight::int4: return l.whole ? multiply_group<TilesOfNibbles> : multiply_group<TilesOfPairs<DotW4Pairs>>;
-        case Weight::fp8: return multiply_group<TilesOfPairs<DotF8Pairs>>;
-        default: return multiply_group<TilesOfBf16>;
+        case Weight::int8: return l.whole ? multiply_groups<TilesOfBytes> : multiply_groups<TilesOfPairs<DotW8Pairs>>;
+        case Weight::int4: return l.whole ? multiply_groups<TilesOfNibbles> : multiply_groups<TilesOfPairs<DotW4Pairs>>;
+        case Weight::fp8: return multiply_groups<TilesOfPairs<DotF8Pairs>>;
+        default: return multiply_groups<TilesOfBf16>;
     }
 }
 
-/// One tile of tokens times one group of outputs: [tokens of the tile][64].
-inline void multiply(const Linear& l, const Layout& s, int64_t tile, int64_t group, float* numbers, Tiling& tiling) {
+/// Groups that are worked on together, where a tile's tokens would not stay in the second cache beside one after the other.
+inline int64_t together(const Linear& l, const Layout& s) { return tiled(l) && std::min(s.tile, l.tokens) * s.words * 4 > kStays ? kTogether : 1; }
+
+/// One tile of tokens times up to `together` groups of outputs: [groups][kMostTokens][64].
+inline void multiply(const Linear& l, const Layout& s, int64_t tile, int64_t group, int64_t count, float* numbers, Tiling& tiling) {
     const uint8_t* const weights = l.weight + group * l.shape.group_bytes();
     if (!tiled(l)) {
-        if (l.shape.kind == Weight::bf16) return multiply_few<DotPairs>(l, s, weights, numbers);
-        if (!in_pairs(l)) return on_vectors::multiply(l, s, tile, group, numbers);
-        return (l.shape.kind == Weight::int8 ? multiply_few<DotW8Pairs> : multiply_few<DotF8Pairs>)(l, s, weights, numbers);
+        for (int64_t i = 0; i < count; i++) multiply_untiled(l, s, tile, group + i, numbers + i * Groups::kNumbers);
+        return;
     }
-    const int64_t first = tile * s.tile, count = std::min(s.tile, l.tokens - first);
+    const int64_t first = tile * s.tile, tokens = std::min(s.tile, l.tokens - first);
     const Sums sums{s.scale + first, s.whole + first * s.scales, s.real + first * s.scales};
-    const Unit u{reinterpret_cast<const uint8_t*>(s.packed + first * s.words), count, 4 * s.words, tile_rows(l)};
-    multiply_for(l)(l.shape, u, sums, weights, numbers, tiling);
+    const Unit u{reinterpret_cast<const uint8_t*>(s.packed + first * s.words), tokens, 4 * s.words, tile_rows(l)};
+    multiply_for(l)(l.shape, u, sums, {weights, count, numbers}, tiling);
 }
 
 }  // namespace
