@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/kernels.py [--layers 24] [--repeats 7] [--isa avx512]
 
-The weights are those of the layers of a 0.53 G llama, several layers, so that no cache holds them. Ours and PyTorch's take turns;
-medians, and the spread of ours. The memory's ceiling is one pass of PyTorch's sum over 1 GB, taken in the same run.
+The weights are those of the layers of a 0.53 G llama, several layers, so that no cache holds them. Ours are recorded as a step, as
+the engine runs them, and take turns with PyTorch's; medians, and the spread of ours. The memory's ceiling is one pass of PyTorch's
+sum over 1 GB, taken in the same run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lineshaft.ops import native, packing
 from lineshaft.ops.integers import Integers
 from lineshaft.ops.isa import library
 from lineshaft.ops.packing import Shape
+from lineshaft.ops.recording import Recorded
 
 SHAPES = ((2560, 1280), (1280, 1280), (7168, 1280), (1280, 3584))
 """Outputs and inputs of q, k and v together, o, gate and up together, down."""
@@ -81,15 +83,18 @@ def main() -> None:
 def line(kind: str, weights: list[Packed], dense: list[Tensor], tokens: int, repeats: int) -> str:
     x = {inputs: torch.randn(tokens, inputs).bfloat16() for _, inputs in SHAPES}
 
-    def ours() -> None:
+    def products() -> Tensor:
         for shape, weight in weights:
-            native.packed_linear(x[shape.inputs], weight, shape, None, "activations" in kind)
+            out = native.packed_linear(x[shape.inputs], weight, shape, None, "activations" in kind)
+        return out
+
+    recorded = Recorded(products)
 
     def theirs() -> None:
         for weight in dense:
             F.linear(x[weight.shape[1]], weight)
 
-    own, other = seconds([ours, theirs], repeats if tokens < 64 else 3)
+    own, other = seconds([lambda: recorded.run(tokens), theirs], repeats if tokens < 64 else 3)
     middle, size = statistics.median(own), sum(len(weight) for _, weight in weights)
     work = 2 * tokens * sum(shape.inputs * shape.outputs for shape, _ in weights)
     spread = (max(own) - min(own)) / middle

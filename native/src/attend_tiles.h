@@ -20,8 +20,7 @@ inline void gather_queries(const Attention& a, const Item& item, Bench& bench) {
     for (int64_t row = 0; row < item.rows(); row++) {
         const int64_t first = row / kTileTokens * kTileTokens, count = std::min<int64_t>(kTileTokens, item.rows() - first);
         const auto* q = static_cast<const char*>(query_of(a, item, row));
-        uint32_t* to = bench.queries + first * words + (row - first) * width;
-        for (int64_t word = 0; word < words; word += width, to += count * width) std::memcpy(to, q + 4 * word, size_t(4 * width));
+        spread_words(q, words, width, count, reinterpret_cast<char*>(bench.queries + first * words + (row - first) * width));
     }
 }
 

@@ -33,7 +33,7 @@ inline void hide(const Reach& r, int64_t q, int64_t start, float* scores) {
     }
 }
 
-/// Scales and hides scores, notes each row's largest one so far, and what its earlier sums are multiplied by on account of that.
+/// Hides scores, notes each row's largest one so far, scaled, and what its earlier sums are multiplied by on account of that.
 inline void shrink(const Attention& a, const Item& item, int64_t start, Bench& bench) {
     const bool all = open(a.reach, item.position(0), item.position(item.rows() - 1), start);
     for (int64_t row = 0; row < item.rows(); row++) {
@@ -41,11 +41,7 @@ inline void shrink(const Attention& a, const Item& item, int64_t start, Bench& b
         const int64_t q = item.position(row);
         if (!all && !open(a.reach, q, q, start)) hide(a.reach, q, start, scores);
         auto most = Lanes::set1(-INFINITY);
-        for (int j = 0; j < kStep; j += 16) {
-            const auto scaled = Lanes::mul(Lanes::load(scores + j), Lanes::set1(a.scale));
-            Lanes::store(scores + j, scaled);
-            most = Lanes::max(most, scaled);
-        }
+        for (int j = 0; j < kStep; j += 16) most = Lanes::max(most, Lanes::mul(Lanes::load(scores + j), Lanes::set1(a.scale)));
         bench.tops[row] = Lanes::largest(most);
     }
     for (int64_t row = 0; row < item.rows(); row += 16) {
@@ -63,7 +59,8 @@ inline void weigh(const Attention& a, const Item& item, Bench& bench) {
         uint32_t* chances = bench.chances + row * kStep;
         auto sum = Lanes::mul(Lanes::load(total), Lanes::set1(bench.shrink[row]));
         for (int j = 0; j < kStep; j += 16) {
-            const auto chance = exponential(Lanes::sub(Lanes::load(bench.scores + row * kStep + j), Lanes::set1(bench.largest[row])));
+            const auto scaled = Lanes::mul(Lanes::load(bench.scores + row * kStep + j), Lanes::set1(a.scale));
+            const auto chance = exponential(Lanes::sub(scaled, Lanes::set1(bench.largest[row])));
             sum = Lanes::add(sum, chance);
             if (pairs) Lanes::narrow(reinterpret_cast<uint16_t*>(chances) + j, chance);
             else Lanes::store(reinterpret_cast<float*>(chances) + j, chance);

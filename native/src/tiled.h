@@ -107,6 +107,15 @@ inline Layout layout_of(const Linear& l, void* scratch) {
     return layout_for(l, scratch, (l.tokens + count * pair - 1) / (count * pair) * pair);
 }
 
+/// A token's words to their places in tiles of `row` words for each of `count` tokens.
+inline void spread_words(const char* from, int64_t words, int64_t row, int64_t count, char* to) {
+    const int64_t step = 4 * count * row;
+    if (row == kTileRows)  // nearly always; a copy of so few bytes would be a call
+        for (int64_t word = 0; word < words; word += kTileRows, to += step) Lanes::store_int(to, Lanes::load_int(from + 4 * word));
+    else
+        for (int64_t word = 0; word < words; word += row, to += step) std::memcpy(to, from + 4 * word, size_t(4 * row));
+}
+
 /// The tokens from `first` on that share a tile.
 inline void pack_tokens(const Linear& l, const Layout& s, int64_t first, int64_t count) {
     const int64_t row = tile_rows(l), tile = first / s.tile, unit = std::min(s.tile, l.tokens - tile * s.tile);
@@ -118,7 +127,7 @@ inline void pack_tokens(const Linear& l, const Layout& s, int64_t first, int64_t
         else if (in_pairs(l)) pack_words(l, x, s, 1, words), sum_token(l, x, s, unit, s.real + sums);
         if (l.shape.scale_inputs) x = words;
         char* to = reinterpret_cast<char*>(s.packed + first * s.words + m * row);
-        for (int64_t word = 0; word < s.words; word += row) std::memcpy(to + 4 * word * count, static_cast<const char*>(x) + 4 * word, size_t(4 * row));
+        spread_words(static_cast<const char*>(x), s.words, row, count, to);
     }
 }
 

@@ -59,9 +59,9 @@ def make_ready(size: int) -> None:
 
 
 def touch(memory: mmap.mmap, size: int) -> None:
-    """Have the system give the first `size` bytes now; what they hold stays. Other threads run meanwhile, which mmap.madvise would not let them.
+    """Have the system give the first `size` bytes now; what they hold stays. Where it can't, memory is given when it is used.
 
-    Where the system can't, memory is given when it is used.
+    Other threads run meanwhile, which mmap.madvise would not let them.
     """
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(min(size, len(memory))), _POPULATE_WRITE)

@@ -23,7 +23,6 @@ from lineshaft.ops import table as ops
 from lineshaft.ops.entries import entry_bytes
 from lineshaft.sched.groups import LayerGroup, layer_groups
 
-
 FIRST = 1 << 30
 """Bytes of the pages that are used first, to be ready before tokens come (`PagedCache.get_ready`)."""
 
@@ -64,8 +63,10 @@ class PagedCache:
         return self.pages[group] * self.page_tokens
 
     def get_ready(self) -> threading.Thread:
-        """A thread that has the system give memory for the pages that are used first: else the first tokens in each of them wait for it, which
-        was a fifth of the time that a prompt took in a virtual machine. Others go before it."""
+        """A thread, after which all others go, that has the system give memory for the pages that are used first.
+
+        Else the first tokens in each page wait for it, which was a fifth of the time that a prompt took in a virtual machine.
+        """
         thread = threading.Thread(target=self._touch, name="cache memory", daemon=True)
         thread.start()
         return thread
