@@ -150,12 +150,10 @@ def test_so_do_they_without_native_kernels(tiny: Tiny, family: str) -> None:
 
 
 @pytest.mark.usefixtures("pytorch_alone")
-@pytest.mark.parametrize("planted", ["rows not filled up", "keys in blocks that hang on the length"])
+@pytest.mark.parametrize("planted", ["products of as many rows as there are", "keys in blocks that hang on the length"])
 def test_the_comparison_finds_a_planted_bug(tiny: Tiny, planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if planted == "rows not filled up":
-        monkeypatch.setattr(steady, "ROWS", 1)
-        monkeypatch.setattr(steady, "_SMALL", 0)
-        monkeypatch.setattr(runner, "ROWS", 1)
+    if planted == "products of as many rows as there are":
+        by_shape(monkeypatch)
     else:
         monkeypatch.setattr(steady, "_attended", _whole_softmax)
     _differs(tiny("llama"))
@@ -169,6 +167,12 @@ def test_the_comparison_finds_a_planted_bug(tiny: Tiny, planted: str, monkeypatc
 def test_the_comparison_finds_a_planted_bug_in_a_native_kernel(tiny: Tiny, family: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "NATIVE", {**table.NATIVE, op: getattr(reference, op)})  # adds up by shape, as PyTorch does
     _differs(tiny(family))
+
+
+def by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's libraries choose the order of a product by the number of its rows."""
+    monkeypatch.setattr(steady, "_by_rows", lambda x_TI, product: product(x_TI))
+    monkeypatch.setattr(runner, "ROWS", 1)
 
 
 def _differs(model: Decoder) -> None:
@@ -202,9 +206,7 @@ def test_integer_weights_keep_the_bits(tiny: Tiny, family: str, fmt: Integer) ->
 
 @pytest.mark.usefixtures("pytorch_alone")
 def test_warming_up_finds_a_machine_whose_library_adds_up_by_shape(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steady, "ROWS", 1)
-    monkeypatch.setattr(steady, "_SMALL", 0)
-    monkeypatch.setattr(runner, "ROWS", 1)
+    by_shape(monkeypatch)
     assert warm_up(engine_of(tiny("llama"), 60)) is False
 
 

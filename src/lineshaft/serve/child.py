@@ -72,7 +72,6 @@ def serve_engine(channel: Channel, load: Callable[[Orders], tuple[Engine, Ready]
         channel.send(Failed(type(error).__name__, str(error)))
         return
     channel.send(ready)
-    engine.runner.cache.get_ready()
     try:
         _Service(channel, engine).run()
     except OSError:  # the server has gone, and hears nothing any more

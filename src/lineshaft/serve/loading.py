@@ -43,4 +43,5 @@ def loaded(folder: Path, config: EngineConfig) -> tuple[Engine, Ready]:
         kv_bytes_per_token=float(page_bytes(model.config, 1, cache.dtype)),
         told=lines,
     )
+    cache.get_ready()  # goes on beside the first requests
     return engine, ready
