@@ -90,12 +90,12 @@ def filled(x_T: Tensor, step: int) -> Tensor:
 
 def _by_rows(x_T: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
     """`product` of ROWS rows at a time."""
-    return torch.cat([product(rows) for rows in filled(x_T, ROWS).split(ROWS)])[: len(x_T)]
+    return torch.cat([product(rows) for rows in torch.split(filled(x_T, ROWS), ROWS)])[: len(x_T)]
 
 
 def _products(x_XRA: Tensor, y_XAB: Tensor) -> Tensor:
     """bmm of ROWS rows at a time; R is a multiple of it."""
-    return torch.cat([torch.bmm(rows.contiguous(), y_XAB) for rows in x_XRA.split(ROWS, 1)], 1)
+    return torch.cat([torch.bmm(rows.contiguous(), y_XAB) for rows in torch.split(x_XRA, ROWS, 1)], 1)
 
 
 def _whole_vectors(x_TI: Tensor) -> Tensor:
