@@ -32,6 +32,30 @@ struct DotPairs : DotCodedPairs<1> {
     static W weights(const uint8_t* p) { return {{Lanes::load_int(p)}}; }
 };
 
+/// The even and the odd inputs of a row of weights, as float32.
+template <class Dot>
+struct Apart {
+    Lanes::F even[Dot::kWords], odd[Dot::kWords];
+};
+
+template <class Dot>
+inline __attribute__((always_inline)) Apart<Dot> apart(const uint8_t* p) {
+    const auto made = Dot::weights(p);
+    Apart<Dot> found;
+    EACH(j, Dot::kWords) {
+        found.even[j] = Lanes::as_float(Lanes::shift_left<16>(made.pairs[j]));
+        found.odd[j] = Lanes::as_float(Lanes::and_int(made.pairs[j], Lanes::set1_int(int32_t(0xffff0000))));
+    });
+    return found;
+}
+
+/// Bytes need not be made pairs first.
+template <>
+inline __attribute__((always_inline)) Apart<DotW8Pairs> apart<DotW8Pairs>(const uint8_t* p) {
+    const auto four = DotW8::weights(p);
+    return {{four.k[0], four.k[2]}, {four.k[1], four.k[3]}};
+}
+
 /// parts[M][64] += of `rows` packed rows, tile after tile of `turn` rows. a: packed words, those of one row of all tokens together.
 template <class Dot, int M>
 void add_few(const uint32_t* a, const uint8_t* w, int64_t rows, int64_t turn, float* parts) {
@@ -50,12 +74,11 @@ void add_few(const uint32_t* a, const uint8_t* w, int64_t rows, int64_t turn, fl
             });
             EACH(b, B) {
                 __builtin_prefetch(w + kNear + b * 64, 0, 3);
-                const auto made = Dot::weights(w + b * 64);
+                const Apart<Dot> weights = apart<Dot>(w + b * 64);
                 EACH(j, kWords) {
-                    const auto at_even = Lanes::as_float(Lanes::shift_left<16>(made.pairs[j])), at_odd = Lanes::as_float(Lanes::and_int(made.pairs[j], upper));
                     EACH(m, M) {
-                        even[m][b] = Lanes::fma(low[m][j], at_even, even[m][b]);
-                        odd[m][b] = Lanes::fma(high[m][j], at_odd, odd[m][b]);
+                        even[m][b] = Lanes::fma(low[m][j], weights.even[j], even[m][b]);
+                        odd[m][b] = Lanes::fma(high[m][j], weights.odd[j], odd[m][b]);
                     });
                 });
             });
