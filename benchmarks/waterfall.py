@@ -147,7 +147,8 @@ def picture(table: dict[str, Measured]) -> str:
         title = f"{what}: tokens/s, and how many times the first"
         drawing = bars(f"rungs{top:.0f}", title, "; ".join(f"{name} {text}" for name, _, text in rows), rows)
         SubElement(root, "text", {"class": "title", "x": "8", "y": f"{top + 20:g}"}).text = title
-        drawing.root.set("y", f"{top + _TITLE:g}")
+        for name, length in (("y", top + _TITLE), ("height", drawing.height)):  # else it is as large as the whole picture
+            drawing.root.set(name, f"{length:g}")
         root.append(drawing.root)
         top += drawing.height + _TITLE
     root.set("viewBox", f"0 0 {WIDTH:g} {top:g}")

@@ -71,9 +71,8 @@ class Trained:
     seconds: float
 
 
-def native_precision() -> Precision:
-    """bfloat16 where the processor has AMX tiles. Without them it was measured slower than float32 (docs/log.md)."""
-    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
+AUTO: Precision = "float32"
+"""What `auto` means: bfloat16 was measured slower on every processor, with AMX below a width of about 1000 (docs/adr/0007)."""
 
 
 def run(model: Decoder, batches: Batches, objective: Objective, config: LoopConfig, scratch: Path) -> Trained:

@@ -12,7 +12,7 @@ from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import cost_of
 from lineshaft.model.fit import Ladder, Step, Verdict, halved, judge
 from lineshaft.model.memory import Kept, Memory, Packing, Terms
-from lineshaft.train.loop import Precision, native_precision
+from lineshaft.train.loop import AUTO, Precision
 
 CODE_BYTES = 24 << 20
 """Code and buffers of PyTorch's math libraries that come into memory with the first products (docs/preflight.md)."""
@@ -39,7 +39,7 @@ class Training:
     def settled(self) -> Precision:
         """The precision, `auto` replaced by what it means here."""
         if self.precision == "auto":
-            return native_precision()
+            return AUTO
         return "bfloat16" if self.precision == "bfloat16" else "float32"
 
 

@@ -102,7 +102,7 @@ def settled(config: F) -> F:
     """The config with the precision that `auto` means here."""
     if config.loop.precision != "auto":
         return config
-    return config.model_copy(update={"loop": config.loop.model_copy(update={"precision": loop.native_precision()})})
+    return config.model_copy(update={"loop": config.loop.model_copy(update={"precision": loop.AUTO})})
 
 
 def _build(draft: Draft, config: TrainConfig) -> None:
