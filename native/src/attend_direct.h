@@ -40,21 +40,20 @@ inline void gather_directly(const Attention& a, const Item& item, Bench& bench) 
 }
 
 inline void find(const Attention& a, const Item& item, int64_t start, Found& found) {
-    alignas(64) static const uint16_t nothing[kMostValueWidth] = {};
     const int64_t q = item.position(0);
     const bool all = open(a.reach, q, q, start);
     for (int block = 0; block < kBlocks; block++) {
         const int64_t first = start + block * kTileTokens;
         found.keys[block] = nullptr;
         if (!touched(a.reach, q, q, first, kTileTokens)) {
-            std::fill_n(found.values + block * kTileTokens, kTileTokens, nothing);
+            std::fill_n(found.values + block * kTileTokens, kTileTokens, nothing());
             continue;
         }
         const Where at = where(a, item, first);
         found.keys[block] = static_cast<const char*>(row_of(a.activation, a.keys, at.key));
         for (int j = 0; j < kTileTokens; j++)
             found.values[block * kTileTokens + j] =
-                all || sees(a.reach, q, first + j) ? row_of(a.activation, a.values, at.value + j * a.value_stride) : nothing;
+                all || sees(a.reach, q, first + j) ? row_of(a.activation, a.values, at.value + j * a.value_stride) : nothing();
     }
 }
 
@@ -94,31 +93,22 @@ inline void score_directly(const Attention& a, const Item& item, const Found& fo
 template <int M, int B>
 inline void add_channels(const Found& found, const uint32_t* chances, int64_t v, float* out) {
     constexpr int kPairs = kTileRows;  // of positions, a tile of values
-    const auto upper = Lanes::set1_int(int32_t(0xffff0000));
     for (int first = 0; first < kStep / 2; first += kPairs) {
         Lanes::F even[M][B], odd[M][B];
         EACH(m, M) { EACH(b, B) { even[m][b] = odd[m][b] = Lanes::set1(0.0f); }); });
         for (int pair = first; pair < first + kPairs; pair++) {
             const auto *at_even = static_cast<const uint16_t*>(found.values[2 * pair]) + v, *at_odd = static_cast<const uint16_t*>(found.values[2 * pair + 1]) + v;
-            Lanes::F low[M], high[M];
-            EACH(m, M) {
-                const auto both = Lanes::set1_int(int32_t(chances[m * kStep + pair]));
-                low[m] = Lanes::as_float(Lanes::shift_left<16>(both)), high[m] = Lanes::as_float(Lanes::and_int(both, upper));
-            });
+            Halves of[M];
+            EACH(m, M) { of[m] = halves(Lanes::set1_int(int32_t(chances[m * kStep + pair]))); });
             EACH(b, B) {
                 const auto value = Lanes::from_bf16(at_even + b * kBlock), other = Lanes::from_bf16(at_odd + b * kBlock);
                 EACH(m, M) {
-                    even[m][b] = Lanes::fma(low[m], value, even[m][b]);
-                    odd[m][b] = Lanes::fma(high[m], other, odd[m][b]);
+                    even[m][b] = Lanes::fma(of[m].low, value, even[m][b]);
+                    odd[m][b] = Lanes::fma(of[m].high, other, odd[m][b]);
                 });
             });
         }
-        EACH(m, M) {
-            EACH(b, B) {
-                float* place = out + m * kGroup + b * kBlock;
-                Lanes::store(place, Lanes::add(Lanes::load(place), Lanes::add(even[m][b], odd[m][b])));
-            });
-        });
+        add_chains<M, B>(even, odd, out);
     }
 }
 
@@ -127,10 +117,9 @@ inline void add_heads(const Attention& a, const Found& found, int64_t row, Bench
     constexpr int B = M > 2 ? 2 : 4;  // two chains of each stay in registers
     const Flushed flushed;
     const uint32_t* chances = bench.chances + row * kStep;
-    const auto out = [&](int64_t v) { return bench.out + v / kGroup * kGroup * kMostRows + row * kGroup + v % kGroup; };
     int64_t v = 0;
-    for (; v + B * kBlock <= a.value_width; v += B * kBlock) add_channels<M, B>(found, chances, v, out(v));
-    for (; v < a.value_width; v += kBlock) add_channels<M, 1>(found, chances, v, out(v));
+    for (; v + B * kBlock <= a.value_width; v += B * kBlock) add_channels<M, B>(found, chances, v, bench.out_at(row, v));
+    for (; v < a.value_width; v += kBlock) add_channels<M, 1>(found, chances, v, bench.out_at(row, v));
 }
 
 inline void add_directly(const Attention& a, const Item& item, const Found& found, int64_t row, Bench& bench, Tiling& tiling) {

@@ -11,9 +11,6 @@
 namespace {
 namespace on_tiles {
 
-/// A row's words of keys in a tile: see tile_rows.
-inline Shape keys_of(const Attention& a) { return {Weight::bf16, a.key_width, kGroup, 0, false}; }
-
 /// Queries as tiles of 16 rows: for each tile of keys their words, row by row.
 inline void gather_queries(const Attention& a, const Item& item, Bench& bench) {
     const int64_t words = words_of(a), width = tile_rows(keys_of(a), 1);
@@ -37,7 +34,7 @@ inline void shrink_sums(const Attention& a, const Item& item, Bench& bench) {
         if (bench.shrink[row] == 1.0f) continue;
         const auto factor = Lanes::set1(bench.shrink[row]);
         for (int64_t v = 0; v < a.value_width; v += 16) {
-            float* out = bench.out + v / kGroup * kGroup * kMostRows + row * kGroup + v % kGroup;
+            float* out = bench.out_at(row, v);
             Lanes::store(out, Lanes::mul(Lanes::load(out), factor));
         }
     }
@@ -54,7 +51,7 @@ inline void add_values(const Attention& a, int64_t row, Bench& bench) {
     });
     for (int64_t v = 0; v < a.value_width; v += kBlock) {
         const auto* values = reinterpret_cast<const char*>(bench.values + v / kGroup * (kStep / 2) * kGroup + v % kGroup);
-        float* out = bench.out + v / kGroup * kGroup * kMostRows + row * kGroup + v % kGroup;
+        float* out = bench.out_at(row, v);
         EACH(i, High) { Tiles::load<kSum + decltype(i)::value>(out + i * kTileTokens * kGroup, 4 * kGroup); });
         EACH(k, 2) {
             constexpr int K = decltype(k)::value;

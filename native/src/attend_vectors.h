@@ -23,7 +23,7 @@ inline void gather_queries(const Attention& a, const Item& item, Bench& bench) {
 
 inline void score(const Attention& a, const Item& item, Bench& bench) {
     const int words = words_of(a);
-    const Shape shape{a.activation == Activation::f32 ? Weight::f32 : Weight::bf16, a.key_width, kGroup, 0, false};
+    const Shape shape = keys_of(a);
     const auto* keys = reinterpret_cast<const uint8_t*>(bench.keys);
     const Piece piece{shape, keys, shape.rows_a_scale(), nullptr, 0, true, true, {keys, 0}};
     for (int64_t row = 0; row < item.rows(); row += Lanes::kMaxRows) {

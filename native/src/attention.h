@@ -22,7 +22,7 @@ inline void attend(const Attention& a, const Item& item, Bench& bench) {
     for (int64_t row = 0; row < item.rows(); row++) {
         const auto share = Lanes::set1(1.0f / Lanes::sum(Lanes::load(bench.sums + row * 16)));
         for (int64_t v = 0; v < a.value_width; v += 16) {
-            const float* from = bench.out + v / kGroup * kGroup * kMostRows + row * kGroup + v % kGroup;
+            const float* from = bench.out_at(row, v);
             write_some(a.activation, a.out, (item.token(row) * a.heads + item.head(a, row)) * a.value_width + v, a.value_width - v, Lanes::mul(Lanes::load(from), share));
         }
     }

@@ -1,5 +1,7 @@
 // What attention works on at a time, and where: an item of queries and heads, 64 positions in each step.
 #pragma once
+#include <algorithm>
+
 #include "numbers.h"
 #include "packed.h"
 
@@ -25,7 +27,16 @@ struct Bench {
     alignas(64) uint32_t chances[kMostRows * kStep];             // [rows][64 positions, or 32 pairs]
     alignas(64) float sums[kMostRows * 16];
     alignas(64) float largest[kMostRows], tops[kMostRows], shrink[kMostRows];
+
+    /// A row's sum in channel v.
+    float* out_at(int64_t row, int64_t v) { return out + v / kGroup * kGroup * kMostRows + row * kGroup + v % kGroup; }
 };
+
+/// An entry that nobody sees.
+inline const void* nothing() {
+    alignas(64) static const uint32_t zeros[std::max(kMostKeyWidth, kMostValueWidth)] = {};
+    return zeros;
+}
 
 struct Item {
     const Chunk* chunk;
@@ -52,5 +63,8 @@ inline const void* query_of(const Attention& a, const Item& item, int64_t row) {
 }
 
 inline int words_of(const Attention& a) { return int(a.activation == Activation::f32 ? a.key_width : a.key_width / 2); }
+
+/// The keys of 64 positions as the weights that they lie like.
+inline Shape keys_of(const Attention& a) { return {a.activation == Activation::f32 ? Weight::f32 : Weight::bf16, a.key_width, kGroup, 0, false}; }
 
 }  // namespace

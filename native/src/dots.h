@@ -41,7 +41,7 @@ struct DotBf16 {
         else return Lanes::fma(a.high, w.high, Lanes::fma(a.low, w.low, acc));
     }
     template <class T> static T as(Lanes::I pairs) {
-        if constexpr (Lanes::kDotBf16) return pairs;
+        if constexpr (std::is_same_v<T, Lanes::I>) return pairs;
         else return {Lanes::as_float(Lanes::template shift_left<16>(pairs)),
                      Lanes::as_float(Lanes::and_int(pairs, Lanes::set1_int(int32_t(0xffff0000))))};
     }

@@ -32,6 +32,21 @@ struct DotPairs : DotCodedPairs<1> {
     static W weights(const uint8_t* p) { return {{Lanes::load_int(p)}}; }
 };
 
+using Halves = DotBf16::Wide;
+
+inline __attribute__((always_inline)) Halves halves(Lanes::I pairs) { return DotBf16::as<Halves>(pairs); }
+
+/// The end of a tile: sums[M][64] += even + odd, of B blocks.
+template <int M, int B>
+inline __attribute__((always_inline)) void add_chains(const Lanes::F (&even)[M][B], const Lanes::F (&odd)[M][B], float* sums) {
+    EACH(m, M) {
+        EACH(b, B) {
+            float* place = sums + m * kGroup + b * kBlock;
+            Lanes::store(place, Lanes::add(Lanes::load(place), Lanes::add(even[m][b], odd[m][b])));
+        });
+    });
+}
+
 /// The even and the odd inputs of a row of weights, as float32.
 template <class Dot>
 struct Apart {
@@ -43,8 +58,8 @@ inline __attribute__((always_inline)) Apart<Dot> apart(const uint8_t* p) {
     const auto made = Dot::weights(p);
     Apart<Dot> found;
     EACH(j, Dot::kWords) {
-        found.even[j] = Lanes::as_float(Lanes::shift_left<16>(made.pairs[j]));
-        found.odd[j] = Lanes::as_float(Lanes::and_int(made.pairs[j], Lanes::set1_int(int32_t(0xffff0000))));
+        const Halves of = halves(made.pairs[j]);
+        found.even[j] = of.low, found.odd[j] = of.high;
     });
     return found;
 }
@@ -60,35 +75,24 @@ inline __attribute__((always_inline)) Apart<DotW8Pairs> apart<DotW8Pairs>(const 
 template <class Dot, int M>
 void add_few(const uint32_t* a, const uint8_t* w, int64_t rows, int64_t turn, float* parts) {
     constexpr int B = kGroup / kBlock, kWords = Dot::kWords;
-    const auto upper = Lanes::set1_int(int32_t(0xffff0000));
     for (int64_t first = 0; first < rows; first += turn) {
         Lanes::F even[M][B], odd[M][B];
         EACH(m, M) { EACH(b, B) { even[m][b] = odd[m][b] = Lanes::set1(0.0f); }); });
         for (int64_t row = 0; row < turn; row++, a += M * kWords, w += kRowBytes) {
-            Lanes::F low[M][kWords], high[M][kWords];
-            EACH(m, M) {
-                EACH(j, kWords) {
-                    const auto pair = Lanes::set1_int(int32_t(word_at(a + j * M + m)));
-                    low[m][j] = Lanes::as_float(Lanes::shift_left<16>(pair)), high[m][j] = Lanes::as_float(Lanes::and_int(pair, upper));
-                });
-            });
+            Halves of[M][kWords];
+            EACH(m, M) { EACH(j, kWords) { of[m][j] = halves(Lanes::set1_int(int32_t(word_at(a + j * M + m)))); }); });
             EACH(b, B) {
                 __builtin_prefetch(w + kNear + b * 64, 0, 3);
                 const Apart<Dot> weights = apart<Dot>(w + b * 64);
                 EACH(j, kWords) {
                     EACH(m, M) {
-                        even[m][b] = Lanes::fma(low[m][j], weights.even[j], even[m][b]);
-                        odd[m][b] = Lanes::fma(high[m][j], weights.odd[j], odd[m][b]);
+                        even[m][b] = Lanes::fma(of[m][j].low, weights.even[j], even[m][b]);
+                        odd[m][b] = Lanes::fma(of[m][j].high, weights.odd[j], odd[m][b]);
                     });
                 });
             });
         }
-        EACH(m, M) {
-            EACH(b, B) {
-                float* place = parts + m * kGroup + b * kBlock;
-                Lanes::store(place, Lanes::add(Lanes::load(place), Lanes::add(even[m][b], odd[m][b])));
-            });
-        });
+        add_chains<M, B>(even, odd, parts);
     }
 }
 

@@ -57,15 +57,14 @@ inline Where where(const Attention& a, const Item& item, int64_t position) {
 
 /// The entries of 64 positions from `start` on: keys transposed, values in rows. What nobody of the item sees is zero.
 inline void gather_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
-    alignas(64) static const uint32_t nothing[kMostKeyWidth] = {};
     const int64_t first = item.position(0), last = item.position(item.rows() - 1);
     const bool all = open(a.reach, first, last, start);
     const uint32_t* keys[kStep];
     const void* values[kStep];
     for (int j = 0; j < kStep; j++) {
         if (!all && !touched(a.reach, first, last, start + j, 1)) {
-            keys[j] = nothing;
-            values[j] = nothing;
+            keys[j] = static_cast<const uint32_t*>(nothing());
+            values[j] = nothing();
             continue;
         }
         const Where at = where(a, item, start + j);

@@ -18,7 +18,7 @@ constexpr int kTileRows = 16;
 constexpr int64_t kMostTokens = 256;  // in a tile of the layout: activations of so many tokens stay in the second cache
 constexpr int64_t kChunk = 7;         // tiles of inputs that a group's weights stay in the first cache for: 28 KB
 constexpr int64_t kTogether = 4;      // groups of outputs that share a chunk of the tokens
-constexpr int64_t kStays = 768 << 10; // bytes
+constexpr int64_t kStays = 768 << 10;  // bytes of tokens that stay in the second cache (2 MB) beside weights and sums
 constexpr int64_t kFew = Lanes::kMaxRows;
 constexpr int kSums = 0, kTokens = 4, kWeights = 6;  // tile registers: four of sums, two of activations, two of weights
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from masks import reaches
-from native_cases import ISAS, NEEDS_NATIVE, give_back, on, same_bits, weights
+from native_cases import ISAS, NEEDS_NATIVE, on, same_bits, weights
+from paged_texts import Piece, Text, attend
 from torch import Tensor
 
 from lineshaft.ops import native
-from lineshaft.ops.reach import Causal, Reach, Window
+from lineshaft.ops.reach import Causal, Window
 
 pytestmark = NEEDS_NATIVE
 each_isa = pytest.mark.parametrize("isa", ISAS)
@@ -66,46 +65,6 @@ def test_a_row_of_what_is_done_to_each(isa: str, op: str, dtype: torch.dtype, wi
 
     whole = run(slice(None), threads)
     assert all(same_bits(run(slice(row, row + 1), 1), whole[row : row + 1]) for row in range(rows))
-
-
-@dataclass(frozen=True)
-class Text:
-    """One request's queries, keys and values, position by position."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    first: int
-
-    @staticmethod
-    def of(first: int, tokens: int, sizes: tuple[int, int, int, int], dtype: torch.dtype, seed: int) -> Text:
-        (heads, kv, width, values), luck = sizes, torch.Generator().manual_seed(seed)
-        shapes = (tokens, heads, width), (first + tokens, kv, width), (first + tokens, kv, values)
-        return Text(*((torch.randn(shape, generator=luck) * 2).to(dtype) for shape in shapes), first)
-
-
-Piece = tuple[Text, int, int]
-"""Queries from the first to before the second."""
-
-
-def attend(pieces: list[Piece], reach: Reach, page: int, seed: int) -> list[Tensor]:
-    """One call; every text lies in pages of its own, anywhere, and what nobody sees is given back. The result of each piece."""
-    needs = [-(-(text.first + stop) // page) for text, _, stop in pieces]
-    places = torch.randperm(sum(needs), generator=torch.Generator().manual_seed(seed)).int()
-    keys, values = (torch.full((len(places), page, *getattr(pieces[0][0], part).shape[1:]), torch.nan).to(pieces[0][0].q) for part in "kv")
-    chunks, tables, row = [], [], 0
-    for (text, start, stop), table in zip(pieces, places.split(needs), strict=True):
-        for pages, given_ in ((keys, text.k), (values, text.v)):
-            for position in range(text.first + stop):
-                pages[table[position // page], position % page] = given_[position]
-        table = table.clone()
-        give_back(table, reach, text.first + start, text.first + stop, page)
-        chunks.append((row, text.first + start, stop - start, sum(map(len, tables))))
-        tables.append(table)
-        row += stop - start
-    q = torch.cat([text.q[start:stop] for text, start, stop in pieces])
-    out = native.paged_attention(q, keys, values, torch.tensor(chunks), torch.cat(tables), 0.4, reach)
-    return list(out.split([stop - start for _, start, stop in pieces]))
 
 
 @each_isa

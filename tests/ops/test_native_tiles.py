@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from native_cases import NAMES, on, same_bits
+from paged_texts import Text, attend
 from torch import Tensor
 
 from lineshaft.base.errors import ConfigError
-from lineshaft.ops import isa, native, native_experts, packing
+from lineshaft.ops import isa, native, native_experts, packing, reference
 from lineshaft.ops.experts import Feeds
 from lineshaft.ops.integers import Integers
+from lineshaft.ops.reach import Blocks, Causal, Reach, Window
 
 pytestmark = pytest.mark.skipif("amx" not in NAMES, reason="neither AMX nor emulated tiles here")
 SMALLEST = 2.0**-126
@@ -143,6 +145,25 @@ def same_in_any_company(shape: packing.Shape, packed: Tensor) -> None:
             assert same_bits(native.packed_linear(x[-tokens:], packed, shape, None, False), alone[-tokens:])
 
 
+@pytest.mark.parametrize(("kind", "whole"), [("bfloat16", False), ("int8", True), ("int8 of 32", False), ("int4", True), ("float8", False)])
+def test_groups_of_outputs_that_share_a_chunk_of_tokens_keep_the_bits(kind: str, whole: bool) -> None:
+    """So many inputs that 256 tokens would leave the second cache, and so many outputs that a thread's part has five groups."""
+    inputs, outputs = 3328, 1130
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1))
+    if kind == "bfloat16":
+        made = packing.pack_dense(weight.bfloat16())
+    elif kind == "float8":
+        made = packing.pack_fp8(weight.to(torch.float8_e4m3fn), torch.rand(9, 26), (128, 128))
+    else:
+        made = coded(inputs, 32 if kind.endswith("32") else inputs if kind == "int8" else 128, int(kind[3]), True, outputs)
+    assert made is not None
+    x = torch.randn(500, inputs, generator=torch.Generator().manual_seed(2)).bfloat16()
+    with on("amx", 1):
+        crowd = native.packed_linear(x, made[1], made[0], None, whole)
+        for row in (0, 16, 255, 256, 499):
+            assert same_bits(native.packed_linear(x[[row]], made[1], made[0], None, whole), crowd[[row]])
+
+
 @pytest.mark.parametrize("inputs", [4, 20, 32, 148, 320, 480])
 def test_a_bf16_row_has_the_same_bits_in_any_company(inputs: int) -> None:
     luck = torch.Generator().manual_seed(inputs)
@@ -157,6 +178,42 @@ def test_a_bf16_row_has_the_same_bits_in_any_company(inputs: int) -> None:
     for tokens in TOKENS:
         with on("amx", 1 + tokens % 3):
             assert same_bits(native.packed_linear(x[-tokens:], packed, shape, None, False), alone[-tokens:])
+
+
+# -- attention of one query, which reads keys where they lie ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("reach", [Causal(), Window(window=70), Window(window=30, global_tokens=65)], ids=str)
+@pytest.mark.parametrize(
+    ("kv", "shared", "width", "values"),
+    [
+        *((10, 2, 64, 64), (3, 1, 128, 128), (2, 3, 96, 96), (17, 4, 32, 80), (2, 5, 64, 64)),
+        *((2, 16, 48, 16), (1, 16, 576, 512), (3, 2, 40, 70), (1, 17, 64, 64)),
+    ],
+)
+def test_a_query_alone_has_the_bits_of_a_chunk(kv: int, shared: int, width: int, values: int, reach: Reach) -> None:
+    """Up to four heads, more, and more than a tile; several key heads, more than are taken together; channels that are no whole vector."""
+    text, other = (Text.of(first, 4, (kv * shared, kv, width, values), torch.bfloat16, first) for first in (190, 63))
+    with on("amx"):
+        (chunk,) = attend([(text, 0, 4)], reach, 16, 1)
+    for threads, page in ((1, 16), (2, 64), (3, 32), (2, 8)):
+        with on("amx", threads):
+            alone = [attend([(text, token, token + 1)], reach, page, token)[0] for token in range(4)]
+            beside = attend([(other, 3, 4), (text, 3, 4), (other, 0, 2)], reach, page, threads)[1]
+        assert same_bits(torch.cat(alone), chunk)
+        assert same_bits(beside, chunk[3:])
+
+
+@pytest.mark.parametrize(("kv", "shared", "width"), [(10, 2, 64), (1, 16, 576), (2, 5, 48), (2, 4, 16)])
+def test_a_query_alone_is_near_the_reference(kv: int, shared: int, width: int) -> None:
+    luck = torch.Generator().manual_seed(width)
+    keys, values = (torch.randn(13, 16, kv, width, generator=luck).bfloat16() for _ in range(2))
+    q = torch.randn(1, kv * shared, width, generator=luck).bfloat16()
+    rest = torch.tensor([[0, 200, 1, 0]]), torch.arange(13, dtype=torch.int32), width**-0.5, Blocks(block=32, local_blocks=2, stride=3)
+    with on("amx", 2):
+        got = native.paged_attention(q, keys, values, *rest)
+    wanted = reference.paged_attention(q.float(), keys.float(), values.float(), *rest)
+    assert torch.allclose(got.float(), wanted, rtol=2e-2, atol=2e-2 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize(("bits", "group"), [(8, 64), (8, 32), (4, 32)])
