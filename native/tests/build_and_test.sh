@@ -4,6 +4,8 @@
 # SANITIZE: not empty, to build with the address and undefined-behaviour sanitizers.
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
+PATH="$(cd "$(dirname "$python")" && pwd):$PATH"  # cmake of the test extras
+export PATH
 if [ -z "${BUILD:-}" ]; then
     BUILD=$(mktemp -d)
     trap 'rm -rf "$BUILD"' EXIT

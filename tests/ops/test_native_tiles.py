@@ -263,15 +263,15 @@ def test_tiles_that_give_wrong_numbers_are_passed_over_with_a_warning(fault: Any
     assert loaded is not None
     assert loaded.chosen() == "avx512_bf16"
     said = isa.describe()
-    wrong = "warning: wrong products on this processor, so not used: amx (bf16, 256 inputs, 1 token); native kernels: avx512_bf16 of scalar"
-    assert said.startswith(wrong)
+    wrong = "wrong products on this processor, so not used: amx (bf16, 256 inputs, 7 tokens)"
+    assert said.startswith(f"warning: {wrong}; native kernels: avx512_bf16 of scalar")
     assert "\n" not in said
     assert fault.trial("avx512_bf16") == ""
 
 
 def test_forced_tiles_that_give_wrong_numbers_are_an_error(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(isa.FORCE, "amx")
-    with pytest.raises(ConfigError, match=r"LINESHAFT_ISA=amx: wrong products on this processor \(bf16, 256 inputs, 1 token\)"):
+    with pytest.raises(ConfigError, match=r"LINESHAFT_ISA=amx: wrong products on this processor \(bf16, 256 inputs, 7 tokens\)"):
         isa._load()
     monkeypatch.setenv(isa.FORCE, "avx512_bf16")
     assert isa._load() is fault
@@ -281,7 +281,7 @@ def test_forced_tiles_that_give_wrong_numbers_are_an_error(fault: Any, monkeypat
 def test_the_trial_sees_a_fault_of_whole_numbers_too(fault: Any) -> None:
     """A wrong product of 8-bit activations, where the bf16 ones are right."""
     fault.plant_fault(2)
-    assert fault.trial("amx") == "int8, 512 inputs, 1 token"
+    assert fault.trial("amx") == "int8, 512 inputs, 7 tokens"
 
 
 def test_the_trial_survives_tiles_that_the_processor_refuses(fault: Any) -> None:
