@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
-from xml.etree.ElementTree import Element, SubElement, tostring
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fidelity_models import STEPS, Trained, trained
+from picture import stacked
 from torch import Tensor
 
 from lineshaft.base.machine import machine
@@ -37,7 +37,7 @@ from lineshaft.model.attend import PackedCausal
 from lineshaft.model.checkpoint import load_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.ops.formats import DENSE
-from lineshaft.pipeline.page.svg import WIDTH, Axis, Plot
+from lineshaft.pipeline.page.svg import Axis, Plot
 from lineshaft.train.batches import Batch
 
 FORMATS = ["dense", "int8", "int8-32", "int4-128", "int4-32", "int4-32-zeros"]
@@ -49,16 +49,6 @@ BUDGETS = (4.25, 4.5, 5.0, 6.0, 7.0, 8.25)
 """Bits a weight of further plans, for the drawing."""
 Policy = Mapping[str, str]
 Tables = list[Tensor]
-_STYLE = """
-svg { font: 12px system-ui, -apple-system, "Segoe UI", "Noto Sans", sans-serif; background: #ffffff; } text { fill: #1b1f24; }
-.tick { fill: #57606a; } .ground { fill: #ffffff; } .title { font-size: 15px; font-weight: 600; } .line, .axis, .grid { fill: none; }
-.axis { stroke: #57606a; } .grid { stroke: #d8dee4; } .line { stroke-width: 1.5; } .s0 { stroke: #0063a6; } .s1 { stroke: #b8500f; }
-.s2 { stroke: #1a7f37; } .marker { fill: #ffffff; stroke-width: 2; }
-@media (prefers-color-scheme: dark) { svg { background: #1c2024; } text { fill: #e6e8ea; } .tick { fill: #a3abb3; }
-.ground, .marker { fill: #1c2024; } .grid { stroke: #3a4046; } .axis { stroke: #a3abb3; } .s0 { stroke: #6cbcf5; } .s1 { stroke: #f0a070; }
-.s2 { stroke: #6fd08c; } }
-"""
-_TITLE = 30.0
 MOST_BITS = 9
 """Drawn: beyond it nothing is to be seen."""
 
@@ -199,19 +189,14 @@ def report(bench: Bench, family: str) -> Iterator[tuple[str, Held | dict[str, fl
 def picture(drawn: Mapping[str, tuple[dict[str, Held], list[tuple[float, float]]]]) -> str:
     """For each model what plans, presets and single formats measured on held-out text, as an SVG file: divergence and the forecast curve,
     and the rise of the loss with its interval."""
-    root, top = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "width": f"{WIDTH:g}"}), 0.0
-    SubElement(root, "style").text = _STYLE
-    SubElement(root, "rect", {"class": "ground", "width": "100%", "height": "100%"})
+    titled = []
     for family, (points, curve) in drawn.items():
         shown = {name: held for name, held in points.items() if held.bits <= MOST_BITS}
-        for told, plot in (("what bits are worth", _divergence(family, shown, curve)), ("what they cost in loss", _loss(family, shown))):
-            SubElement(root, "text", {"class": "title", "x": "8", "y": f"{top + 20:g}"}).text = f"{family}: {told}"
-            plot.root.set("y", f"{top + _TITLE:g}")
-            plot.root.set("height", f"{plot.height:g}")  # else it is as high as all of them, and its last line is cut off
-            root.append(plot.root)
-            top += plot.height + _TITLE
-    root.set("viewBox", f"0 0 {WIDTH:g} {top:g}")
-    return tostring(root, encoding="unicode") + "\n"
+        titled += [
+            (f"{family}: what bits are worth", _divergence(family, shown, curve)),
+            (f"{family}: what they cost in loss", _loss(family, shown)),
+        ]
+    return stacked(titled)
 
 
 def _series(name: str) -> int:

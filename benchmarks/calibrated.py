@@ -1,18 +1,20 @@
 """What calibrated rounding costs trained models beside rounding to nearest: the rise of the held-out loss.
 
-    .venv/bin/python benchmarks/calibrated.py --store FOLDER [--models llama ...] [--steps round awq ...] [--group 128] [--json FILE]
+    .venv/bin/python benchmarks/calibrated.py --store FOLDER [--models llama ...] [--steps round awq ...] [--peer PYTHON] [--json FILE]
 
 The models are those of fidelity_models.py. INT4, output projection dense, 64 calibration rows of 512 tokens. Loss: nats a token on the
 held-out rows; its rise over the dense model's in percent, and the difference from rounding's, each with the 95 % interval of a
 bootstrap over rows, which all are scored by the same. Divergence: of next-token chances from the dense model's (Kullback-Leibler), in
 thousandths of a nat a token; a model that is not trained to the end can gain by luck what rounding costs, a divergence can't. The store
-keeps what was made.
+keeps what was made. `--peer`: a Python in which llmcompressor is installed (calibration_peer.py says how); its AWQ of the same models on
+the same rows is scored as well, read back from the folder that it wrote. It has groups of 128 only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fidelity_models import SHAPES, trained
+from calibration_peer import rows_of, timed
+from fidelity_models import SHAPES, Trained, trained
 from qat import ROW, Scored, scored
 
 from lineshaft.base.config import load
@@ -91,19 +94,36 @@ class Result:
         return f"{told}, divergence {1000 * self.divergence:.2f}"
 
 
-def measured(store: Store, family: str, steps: list[str], config: dict[str, Any]) -> Iterator[Result]:
+def made_by_peer(python: str, model: Trained, config: dict[str, Any]) -> Decoder:
+    """llm-compressor's AWQ of the same checkpoint and rows, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder, "rows.json")
+        rows.write_text(json.dumps(rows_of(model.tokens, model.checkpoint, {"seed": config["seed"]})))
+        options = {"threads": torch.get_num_threads(), "dtype": "float32", "folder": str(model.checkpoint.root), "rows": str(rows)}
+        timed(python, "llmcompressor", options | {"out": str(Path(folder, "out"))})
+        return load_checkpoint(Path(folder, "out"))  # mapped, so it outlives its files
+
+
+def compressed(store: Store, model: Trained, steps: list[str], config: dict[str, Any], peer: str | None) -> Iterator[tuple[str, Decoder]]:
+    """What each step makes of the model, and what llm-compressor does."""
+    parents = {"checkpoint": model.checkpoint, "tokens": model.tokens}
+    for step in steps:
+        yield step, load_checkpoint(made(store, step, config, parents).root)
+    if peer is not None:
+        yield "awq by llm-compressor", made_by_peer(peer, model, config)
+
+
+def measured(store: Store, family: str, steps: list[str], config: dict[str, Any], peer: str | None) -> Iterator[Result]:
     """Every step on the model of this family."""
     model = trained(store, family)
-    parents = {"checkpoint": model.checkpoint, "tokens": model.tokens}
     reader = RowReader(TokenStream(model.tokens, "heldout"), ROW)
-
-    dense, plain = load_checkpoint(model.checkpoint.root), load_checkpoint(made(store, "round", config, parents).root)
+    rounding = made(store, "round", config, {"checkpoint": model.checkpoint})
+    dense, plain = load_checkpoint(model.checkpoint.root), load_checkpoint(rounding.root)
     source, rounded = scored(dense, reader), scored(plain, reader)
-    for step in steps:
-        found = load_checkpoint(made(store, step, config, parents).root)
-        losses = scored(found, reader)
+    for step, ours in compressed(store, model, steps, config, peer):
+        losses = scored(ours, reader)
         apart = difference(losses, source, source), difference(losses, rounded, source)
-        yield Result(step, losses.loss, *apart, divergence(found, dense, reader))
+        yield Result(step, losses.loss, *apart, divergence(ours, dense, reader))
 
 
 def main() -> None:
@@ -113,12 +133,16 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", choices=("round", "gptq", "awq"), default=["round", "gptq", "awq"])
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0, help="chooses the calibration rows")
+    parser.add_argument("--peer", help="a Python in which llmcompressor is installed")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.peer and args.group != 128:
+        parser.error("--peer has groups of 128 only")
     print(json.dumps(machine()), flush=True)
     told: list[dict[str, Any]] = []
     for family in args.models:
-        for found in measured(Store(args.store), family, args.steps, {"format": "int4", "group": args.group, "seed": args.seed}):
+        config = {"format": "int4", "group": args.group, "seed": args.seed}
+        for found in measured(Store(args.store), family, args.steps, config, args.peer):
             print(f"{family}, int4-{args.group}, {found}", flush=True)
             told.append({"model": family} | asdict(found))
     if args.json is not None:

@@ -1,6 +1,7 @@
 """What a student keeps of its teacher, what it costs, and whether the teacher was worth it: tiny models on the quickstart's text.
 
-    .venv/bin/python benchmarks/distilling.py --store FOLDER [--steps N] [--further N] [--layers 3 2] [--set alpha=0.9 ...] [--json FILE]
+    .venv/bin/python benchmarks/distilling.py --store FOLDER [--steps N] [--further N] [--student-steps N] [--layers 3 2]
+        [--set alpha=0.9 ...] [--json FILE]
 
 The teacher is trained longer than its students. For each number of layers there are students of its width, all trained for as many
 steps on the same batches: `alone`, with fresh weights; `distilled`, the same fresh weights with the teacher; `cut`, begun as layers of
@@ -76,6 +77,7 @@ class Bench:
     tokenizer: Artifact
     steps: int
     further: int
+    student_steps: int
     peak_lr: float
 
     def fit(self, steps: int, peak_lr: float) -> Table:
@@ -88,16 +90,19 @@ class Bench:
     @property
     def same(self) -> Table:
         """Of every student."""
-        return self.fit(self.steps, self.peak_lr)
+        return self.fit(self.student_steps, self.peak_lr)
 
     def alone(self, layers: int) -> Artifact:
         """Fresh weights, the text alone."""
-        config = self.recipe.train.model_validate(self.same | {"model": shape(layers)})
+        return self.pretrained(self.same, layers)
+
+    def pretrained(self, fit: Table, layers: int) -> Artifact:
+        config = self.recipe.train.model_validate(fit | {"model": shape(layers)})
         return PRETRAIN(self.store, config, tokens=self.tokens, tokenizer=self.tokenizer)
 
     def teacher(self) -> Artifact:
-        """As long as a student, then further, up to half the rate once more: it should know more than they find out alone."""
-        begun = self.alone(LAYERS)
+        """Trained, then further, up to half the rate once more: it should know more than a student finds out alone."""
+        begun = self.pretrained(self.fit(self.steps, self.peak_lr), LAYERS)
         if not self.further:
             return begun
         config = load(FinetuneConfig, self.fit(self.further, self.peak_lr / 2))
@@ -115,12 +120,13 @@ class Bench:
         return FINETUNE(self.store, load(FinetuneConfig, self.same), checkpoint=begun, tokens=self.tokens)
 
 
-def begin(store: Store, steps: int, further: int, peak_lr: float) -> Bench:
+def begin(store: Store, lengths: Mapping[str, Any]) -> Bench:
     """Text and tokenizer of the quickstart."""
     quick = read_recipe(QUICKSTART).recipe
     corpus = INGEST(store, quick.data)
     tokenizer = TRAIN_TOKENIZER(store, quick.tokenizer, corpus=corpus)
-    return Bench(store, quick, TOKENIZE(store, quick.tokens, corpus=corpus, tokenizer=tokenizer), tokenizer, steps, further, peak_lr)
+    tokens = TOKENIZE(store, quick.tokens, corpus=corpus, tokenizer=tokenizer)
+    return Bench(store, quick, tokens, tokenizer, **lengths)
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--further", type=int, default=1200, help="steps that the teacher is trained beyond that")
+    parser.add_argument("--student-steps", type=int, help="of every student; as many as --steps where it is left out")
     parser.add_argument("--peak-lr", type=float, default=3e-3)
     parser.add_argument("--layers", type=int, nargs="+", default=[3])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every distillation, such as alpha=0.9")
@@ -218,8 +225,9 @@ def main() -> None:
     given, settings = arguments(), {}
     for text in given.set:
         settings = merge(settings, nest(*parse_assignment(text)))
-    bench = begin(Store(given.store), given.steps, given.further, given.peak_lr)
-    print(f"# {json.dumps(machine() | {'steps': given.steps, 'further': given.further, 'peak_lr': given.peak_lr, 'set': settings})}")
+    shared = {"steps": given.steps, "further": given.further, "student_steps": given.student_steps or given.steps, "peak_lr": given.peak_lr}
+    bench = begin(Store(given.store), shared)
+    print(f"# {json.dumps(machine() | shared | {'set': settings})}")
     models = list(made(bench, given.layers, settings))
     scores = {name: score(model.root, bench.tokens) for name, model, _ in models}
     times = step_times({name: model.root for name, model, _ in models}, bench.tokens, given.rounds)

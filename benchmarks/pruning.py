@@ -74,9 +74,14 @@ def rise(ours: np.ndarray, theirs: np.ndarray) -> str:
 
 def control(store: Store, checkpoint: Artifact, tokens: Artifact, config: PruneConfig, steps: int) -> Artifact:
     """The dense model, trained further as the pruned one was."""
-    loop = config.recovery.loop.model_copy(update={"steps": steps})
+    loop = config.training(steps).loop
     same = {name: getattr(config, name) for name in ("seed", "sequence_tokens", "rows", "further_weight")}
     return FINETUNE(store, FinetuneConfig(**same, loop=loop), checkpoint=checkpoint, tokens=tokens)
+
+
+def recovery_steps(checkpoint: Artifact, config: PruneConfig) -> int:
+    """Of all recoveries together."""
+    return sum(config.recoveries(len(schedule(load_checkpoint(checkpoint.root), config))))
 
 
 def compare(store: Store, checkpoint: Artifact, tokens: Artifact, config: PruneConfig) -> None:
@@ -84,7 +89,7 @@ def compare(store: Store, checkpoint: Artifact, tokens: Artifact, config: PruneC
     started = time.monotonic()
     pruned = PRUNE(store, config, checkpoint=checkpoint, tokens=tokens)
     seconds = time.monotonic() - started
-    steps = len(schedule(load_checkpoint(checkpoint.root), config)) * config.recovery_steps
+    steps = recovery_steps(checkpoint, config)
     beside = control(store, checkpoint, tokens, config, steps) if steps else checkpoint
     before, ours, theirs = (losses(item, tokens) for item in (checkpoint, pruned, beside))
     facts = pruned.manifest.facts

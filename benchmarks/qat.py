@@ -1,11 +1,12 @@
 """What training with rounded weights gives back of what 4 bits cost, beside the same model trained as long and rounded then.
 
-    .venv/bin/python benchmarks/qat.py --store FOLDER [--models llama ...] [--forms int4 ...] [--steps 240] [--json FILE]
+    .venv/bin/python benchmarks/qat.py --store FOLDER [--models llama ...] [--forms int4 ...] [--steps 240] [--seeds 2 3 4] [--json FILE]
 
 The models are those of fidelity_models.py, trained STEPS steps. Each is trained further for `--steps` steps, once dense (the control)
 and once with rounded weights, on the same batches at the same rates. Loss: nats a token on every held-out row. Recovered: of what
 rounding to nearest costs the control, the share that is not there after QAT, with the 95 % interval of a bootstrap over rows.
-The output projection stays dense. The store keeps what was made.
+Seeds decide the order of the text that is trained further on; losses are means over them, and a row's amounts are added up. The output
+projection stays dense. The store keeps what was made.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,9 @@ class Scored:
 
     nats: Numbers
     targets: Numbers
+
+    def __add__(self, other: Scored) -> Scored:
+        return Scored(self.nats + other.nats, self.targets + other.targets)
 
     @property
     def loss(self) -> float:
@@ -108,31 +114,40 @@ def recovered(further: Scored, rounded: Scored, ours: Scored) -> tuple[float, fl
     return whole, float(np.quantile(shares, 0.025)), float(np.quantile(shares, 0.975))
 
 
-def measured(store: Store, model: Trained, form: dict[str, Any], steps: int) -> Result:
-    loop = LoopConfig(steps=steps, precision="float32", save_every=60, log_every=20, optimiser=OptimiserConfig(peak_lr=1e-3))
-    budget = {"seed": 2, "sequence_tokens": ROW, "rows": 4, "loop": loop}
-    parents = {"checkpoint": model.checkpoint, "tokens": model.tokens}
-    compression = CompressConfig.model_validate(form)
-    further = FINETUNE(store, FinetuneConfig.model_validate(budget), **parents)
-    aware = QAT(store, QatConfig.model_validate(budget | form), **parents)
-    reader = RowReader(TokenStream(model.tokens, "heldout"), ROW)
+def measured(store: Store, model: Trained, form: dict[str, Any], steps: int, seeds: list[int]) -> Result:
+    compression, reader = CompressConfig.model_validate(form), RowReader(TokenStream(model.tokens, "heldout"), ROW)
 
     def of(made: Artifact) -> Scored:
         return scored(load_checkpoint(made.root), reader)
 
+    control, rounded, ours = [], [], []
+    for seed in seeds:
+        further, aware = made_further(store, model, form, steps, seed)
+        control.append(of(further))
+        rounded.append(of(COMPRESS(store, compression, checkpoint=further)))
+        ours.append(of(aware))
     clipped = load_checkpoint(model.checkpoint.root)
     qat.begin(clipped, compression)
-    control, rounded, ours = of(further), of(COMPRESS(store, compression, checkpoint=further)), of(aware)
     source, source_rounded = of(model.checkpoint), of(COMPRESS(store, compression, checkpoint=model.checkpoint))
-    losses = (source.loss, source_rounded.loss, scored(clipped, reader).loss, control.loss, rounded.loss, ours.loss)
-    return Result(*losses, *recovered(control, rounded, ours))
+    summed = [reduce(add, scores) for scores in (control, rounded, ours)]
+    losses = (source.loss, source_rounded.loss, scored(clipped, reader).loss, *(score.loss for score in summed))
+    return Result(*losses, *recovered(*summed))
 
 
-def results(store: Store, models: list[str], forms: list[str], steps: int) -> Iterator[tuple[str, str, Result]]:
+def made_further(store: Store, model: Trained, form: dict[str, Any], steps: int, seed: int) -> tuple[Artifact, Artifact]:
+    """The model trained further, dense and with rounded weights."""
+    loop = LoopConfig(steps=steps, precision="float32", save_every=60, log_every=20, optimiser=OptimiserConfig(peak_lr=1e-3))
+    budget = {"seed": seed, "sequence_tokens": ROW, "rows": 4, "loop": loop}
+    parents = {"checkpoint": model.checkpoint, "tokens": model.tokens}
+    further = FINETUNE(store, FinetuneConfig.model_validate(budget), **parents)
+    return further, QAT(store, QatConfig.model_validate(budget | form), **parents)
+
+
+def results(store: Store, models: list[str], forms: list[str], steps: int, seeds: list[int]) -> Iterator[tuple[str, str, Result]]:
     for family in models:
         model = trained(store, family)
         for form in forms:
-            yield family, form, measured(store, model, FORMS[form], steps)
+            yield family, form, measured(store, model, FORMS[form], steps, seeds)
 
 
 def arguments() -> argparse.Namespace:
@@ -141,19 +156,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["llama", "qwen3_moe"])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=["int4"])
     parser.add_argument("--steps", type=int, default=STEPS // 5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 
 def main() -> None:
     given = arguments()
-    print(f"{json.dumps(machine())}\n{STEPS} steps, then {given.steps} more; nats a token\n| model, form | {HEAD} |", flush=True)
+    print(f"{json.dumps(machine())}\n{STEPS} steps, then {given.steps} more, seeds {given.seeds}; nats a token", flush=True)
+    print(f"| model, form | {HEAD} |", flush=True)
     told = []
-    for family, form, result in results(Store(given.store), given.models, given.forms, given.steps):
+    for family, form, result in results(Store(given.store), given.models, given.forms, given.steps, given.seeds):
         print(f"| {family}, {form} | {result} |", flush=True)
         told.append({"model": family, "form": form, **asdict(result)})
     if given.json:
-        given.json.write_text(json.dumps({"machine": machine(), "steps": [STEPS, given.steps], "results": told}, indent=2) + "\n")
+        about = {"machine": machine(), "steps": [STEPS, given.steps], "seeds": given.seeds}
+        given.json.write_text(json.dumps(about | {"results": told}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

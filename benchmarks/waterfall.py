@@ -15,26 +15,19 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import Element, SubElement, tostring
 
 import torch
 from contest import Contest, Contestant, Figure, Options
 from half import folder_of
+from picture import stacked
 from workload import QUICK, Workload, precision_of, random_prompts, read_config
 
 from lineshaft.base.machine import machine
 from lineshaft.ops.isa import FORCE, library
-from lineshaft.pipeline.page.svg import WIDTH, bars
+from lineshaft.pipeline.page.svg import bars
 
 Measured = dict[str, Figure]
 """By what was measured."""
-_STYLE = """
-svg { font: 12px system-ui, -apple-system, "Segoe UI", "Noto Sans", sans-serif; background: #ffffff; } text { fill: #1b1f24; }
-.tick { fill: #57606a; } .bar { fill: #0063a6; } .ground { fill: #ffffff; } .title { font-size: 15px; font-weight: 600; }
-@media (prefers-color-scheme: dark) { svg { background: #1c2024; } text { fill: #e6e8ea; } .tick { fill: #a3abb3; }
-.bar { fill: #6cbcf5; } .ground { fill: #1c2024; } }
-"""
-_TITLE = 30.0
 
 
 @dataclass(frozen=True)
@@ -137,22 +130,14 @@ def lines(table: dict[str, Measured]) -> Iterator[str]:
 
 def picture(table: dict[str, Measured]) -> str:
     """The rungs as bars, one drawing for each figure, as an SVG file."""
-    root, top = Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "width": f"{WIDTH:g}"}), 0.0
-    SubElement(root, "style").text = _STYLE
-    SubElement(root, "rect", {"class": "ground", "width": "100%", "height": "100%"})
-    for what in next(iter(table.values())):
+    drawn = []
+    for place, what in enumerate(next(iter(table.values()))):
         figures = {name: found[what] for name, found in table.items()}
         start = next(iter(figures.values())).median
         rows = [(name, one.median, f"{one.median:.3g}, {one.median / start:.1f}x") for name, one in figures.items()]
         title = f"{what}: tokens/s, and how many times the first"
-        drawing = bars(f"rungs{top:.0f}", title, "; ".join(f"{name} {text}" for name, _, text in rows), rows)
-        SubElement(root, "text", {"class": "title", "x": "8", "y": f"{top + 20:g}"}).text = title
-        for name, length in (("y", top + _TITLE), ("height", drawing.height)):  # else it is as large as the whole picture
-            drawing.root.set(name, f"{length:g}")
-        root.append(drawing.root)
-        top += drawing.height + _TITLE
-    root.set("viewBox", f"0 0 {WIDTH:g} {top:g}")
-    return tostring(root, encoding="unicode") + "\n"
+        drawn.append((title, bars(f"rungs{place}", title, "; ".join(f"{name} {text}" for name, _, text in rows), rows)))
+    return stacked(drawn)
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -49,7 +50,8 @@ Line = tuple[Store, Artifact, Artifact]
 
 
 def config(**changes: Any) -> PruneConfig:
-    same = {"multiple": 4, "step_share": 0.2, "calibration_rows": 2, "recovery_steps": 3, "sequence_tokens": 16, "rows": 2}
+    same = {"multiple": 4, "step_share": 0.2, "calibration_rows": 2, "sequence_tokens": 16, "rows": 2}
+    same |= {"recovery_steps": 3, "last_recovery_steps": changes.get("recovery_steps", 3)}
     return PruneConfig(**same | {"precision": "float32"} | (changes or {"channels": 0.5}))
 
 
@@ -128,8 +130,28 @@ def test_each_cut_is_followed_by_as_many_steps_on_text_that_goes_on(dense: Line,
     history = [json.loads(entry) for entry in made.path(HISTORY_FILE).read_text().splitlines()]
     assert seen == list(range(9))
     assert [(entry["step"], entry["cuts"], entry["tokens"]) for entry in history] == [(3, 1, 96), (6, 2, 192), (9, 3, 288)]
-    assert {entry["lr"] for entry in history} == {1e-3}
     assert made.manifest.facts["tokens"] == 288
+
+
+def test_learning_rates_are_on_one_curve_over_all_recoveries_and_rise_anew_after_each_cut() -> None:
+    asked = config(channels=0.5, recovery_steps=20, last_recovery_steps=None, lr=1e-2, final_lr_share=0.1)
+    counts = asked.recoveries(3)
+    assert counts == [20, 20, 60]
+    assert config(channels=0.5, recovery_steps=20, last_recovery_steps=7).recoveries(3) == [20, 20, 7]
+    assert config(channels=0.5, recovery_steps=0, last_recovery_steps=None).recoveries(3) == [0, 0, 0]
+    rates = [prune_stage.Recovery(cut, counts).rate(asked, step) for cut, count in enumerate(counts) for step in range(count)]
+    curve = [1e-2 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 99)) / 2) for step in range(100)]
+    warm = {0: 1 / 2, 20: 1 / 2} | {40 + step: (step + 1) / 6 for step in range(5)}
+    assert rates == pytest.approx([rate * warm.get(step, 1) for step, rate in enumerate(curve)])
+    assert config(channels=0.5, final_lr_share=1.0).training(5).loop.optimiser.final_lr_share == 1.0
+
+
+def test_recoveries_are_trained_at_those_rates(dense: Line) -> None:
+    store, source, tokens = dense
+    made = PRUNE(store, config(channels=0.5, seed=5, lr=2e-3), checkpoint=source, tokens=tokens)
+    history = [json.loads(entry) for entry in made.path(HISTORY_FILE).read_text().splitlines()]
+    wanted = [2e-3 * (0.05 + 0.95 * (1 + math.cos(math.pi * step / 8)) / 2) for step in (2, 5, 8)]
+    assert [entry["lr"] for entry in history] == pytest.approx(wanted)
 
 
 def test_calibration_rows_differ_from_step_to_step(dense: Line) -> None:
@@ -236,7 +258,8 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(tmp_path: Path) 
     keep, steps = ([rerun[2] for rerun in told["reruns"] if rerun[0] == where] for where in ("keep", "loss"))
     assert set(keep) == {2, 1}  # from the model before, until the rename; from this one, after it
     assert len(keep) > 5
-    assert steps == [3, 3, 3, 2, 2, 1, 1, 1]  # two rows of calibration and three steps of recovery each, every second was killed
+    # Two rows for worth, two for mending and three steps of recovery each; every second of them was killed.
+    assert steps == [3, 3, 3, 3, 2, 2, 2, 1, 1, 1, 1]
 
 
 class Stopped(Exception):

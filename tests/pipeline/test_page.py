@@ -320,6 +320,7 @@ def test_values_are_shown_in_the_units_people_use(name: str, value: float, text:
         ("weights_bytes", 100.0, 25.0, "-75.0 %", "better"),
         ("decode_tokens_per_second", 100.0, 90.0, "-10.0 %", "worse"),
         ("next_token_accuracy", 0.52, 0.5231, "+0.31 pp", "better"),
+        ("next_token_accuracy", 0.5, 0.49999, "+0.00 pp", "worse"),
         ("loss_nats_per_token", 2.0, 2.002, "+0.10 %", "worse"),
         ("parameters", 10.0, 11.0, "+10.0 %", ""),
         ("perplexity", 3.0, 3.0, "same", ""),

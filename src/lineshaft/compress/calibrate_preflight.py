@@ -31,7 +31,7 @@ METHODS: Mapping[str, type[Gptq] | type[Awq] | type[Smooth] | type[Static]] = {
     "smooth": Smooth,
     "static": Static,
 }
-HOLES = 0.3
+HOLES = 0.8
 """Share of a batch's pass that lies unused in the heap, as passes and statistics of parts differ in size (docs/preflight.md)."""
 LEAST_SEQUENCES = 16
 LEAST_TOKENS = 64

@@ -64,8 +64,6 @@ def step_config(table: Table) -> Any:
     step = table.get("step", "round")
     if step not in STEPS:
         raise ConfigError(f'"compress.step": one of {", ".join(STEPS)} (got {step!r}); of several steps check one after another')
-    if step not in FORECASTS:
-        raise ConfigError(f'"compress.step": {step} has no memory forecast; those of {", ".join(FORECASTS)} can be checked')
     return load(STEPS[step].config, table, "compress")
 
 

@@ -46,10 +46,16 @@ class PruneConfig(Config):
     """Share of the units there were at first that goes in one step."""
     calibration_rows: PositiveInt = 64
     """Rows of training text on which gradients are taken before each step."""
+    mend: bool = True
+    """What reads the units that stay is fitted, on those rows, to what it gave with all of them (mend.py)."""
     recovery_steps: int = Field(100, ge=0)
     """Optimiser steps after each step of cutting; 0: none."""
-    lr: PositiveFloat = 1e-3
-    """Learning rate of recovery, constant."""
+    last_recovery_steps: int | None = Field(None, ge=0)
+    """After the last one; null: recovery_steps times the steps of cutting, so more than half of all."""
+    lr: PositiveFloat = 3e-3
+    """Highest learning rate of recovery, about that of the model's own training; it falls along half a cosine over all recoveries."""
+    final_lr_share: float = Field(0.05, ge=0, le=1)
+    """Learning rate at the last step, as a share of `lr`; 1: constant."""
     weight_decay: float = Field(0.1, ge=0)
     """Of AdamW, on the matrices that are left."""
     seed: int = Field(1, ge=0, lt=2**63)
@@ -73,11 +79,16 @@ class PruneConfig(Config):
         """The share of units of this kind to cut."""
         return float(getattr(self, kind))
 
-    @property
-    def recovery(self) -> FitConfig:
-        """Recovery after one step, as the training loop takes it."""
-        optimiser = OptimiserConfig(peak_lr=self.lr, final_lr_share=1.0, warmup_share=0.0, weight_decay=self.weight_decay)
-        loop = LoopConfig(steps=max(1, self.recovery_steps), precision=self.precision, optimiser=optimiser)
+    def recoveries(self, cuts: int) -> list[int]:
+        """Optimiser steps after each of so many steps of cutting."""
+        last = self.recovery_steps * cuts if self.last_recovery_steps is None else self.last_recovery_steps
+        return [self.recovery_steps] * (cuts - 1) + [last]
+
+    def training(self, steps: int) -> FitConfig:
+        """So many steps at once, with the learning rates of all recoveries: what an equal-step control takes."""
+        decay, low = self.weight_decay, self.final_lr_share
+        optimiser = OptimiserConfig(peak_lr=self.lr, final_lr_share=low, warmup_share=0.0, weight_decay=decay)
+        loop = LoopConfig(steps=max(1, steps), precision=self.precision, optimiser=optimiser)
         same = {name: getattr(self, name) for name in ("seed", "sequence_tokens", "rows", "further_weight")}
         return FitConfig(**same, loop=loop)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lineshaft.base.config import load
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Artifact, Draft
 from lineshaft.base.terminal import bar, say
+from lineshaft.compress.mend import mend
 from lineshaft.compress.prune import evenly, least_worthy, squared_gradients
 from lineshaft.compress.prune_plan import PruneConfig, Sizes, schedule
 from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
@@ -32,8 +34,12 @@ from lineshaft.text import contract
 from lineshaft.train import loop, state
 from lineshaft.train.batches import Batch, RowReader, ShuffledRows
 from lineshaft.train.objective import NextToken
+from lineshaft.train.optimiser import learning_rate
 from lineshaft.train.preflight import Training, judge_training
 from lineshaft.train.stage import check_context, check_dense, check_tokenizer, settled, write_history
+
+WARM_UP = 0.1
+"""Share of each recovery in which the learning rate rises."""
 
 
 @dataclass
@@ -58,9 +64,9 @@ class Text:
         first = step * self.config.calibration_rows
         return [rows[first + number] for number in range(self.config.calibration_rows)]
 
-    def recovery(self, step: int) -> _Later:
-        """Batches that go on where those of the step before ended."""
-        return _Later(ShuffledRows(self.reader, self.config.rows, self.config.seed), step * self.config.recovery_steps)
+    def recovery(self, first: int) -> _Later:
+        """Batches from this one on."""
+        return _Later(ShuffledRows(self.reader, self.config.rows, self.config.seed), first)
 
 
 @dataclass(frozen=True)
@@ -79,11 +85,12 @@ def prune(model: Decoder, steps: Sequence[Sizes], text: Text, config: PruneConfi
     TrainingError when loss or gradient are no longer numbers.
     """
     done, pruning = _resumed(scratch / "cuts", model)
+    recoveries = config.recoveries(len(steps))
     with bar("prune", len(steps), done=done) as progress:
         for step in range(done, len(steps)):
             pruning.model = cut(pruning.model, steps[step], text.calibration(step), config)
-            if config.recovery_steps:
-                _recover(pruning, text, config, step, scratch / f"recovery-{step}")
+            if recoveries[step]:
+                _recover(pruning, text, config, Recovery(step, recoveries), scratch / f"recovery-{step}")
             _keep(scratch / "cuts", step + 1, pruning)
             shutil.rmtree(scratch / f"recovery-{step}", ignore_errors=True)
             progress.advance(1, ", ".join(f"{size} {number}" for size, number in steps[step].items()))
@@ -98,18 +105,41 @@ def cut(model: Decoder, sizes: Sizes, rows: list[Batch], config: PruneConfig) ->
         kept = each(model.config, units) * sizes.get(units.size, size_of(model.config, units.size))
         if kept < units.count:
             cuts.append(least_worthy(model, units, fisher, units.count - kept))
+    if config.mend:
+        mend(model, cuts, rows, NextToken(config.further_weight))
     return without(model, cuts)
 
 
-def _recover(pruning: Pruning, text: Text, config: PruneConfig, step: int, scratch: Path) -> None:
-    recovery = config.recovery
+@dataclass(frozen=True)
+class Recovery:
+    """The training after one step of cutting, as a part of all."""
+
+    step: int
+    counts: list[int]
+    """Optimiser steps of each recovery."""
+
+    @property
+    def first(self) -> int:
+        """Optimiser steps before it."""
+        return sum(self.counts[: self.step])
+
+    def rate(self, config: PruneConfig, step: int) -> float:
+        """Of a step of this one: on one curve over all of them, with a warm-up, since AdamW knows nothing yet of what was cut."""
+        warm = max(1, round(WARM_UP * self.counts[self.step]))
+        total = sum(self.counts)
+        return learning_rate(config.training(total).loop.optimiser, self.first + step, total) * min(1.0, (step + 1) / warm)
+
+
+def _recover(pruning: Pruning, text: Text, config: PruneConfig, recovery: Recovery, scratch: Path) -> None:
+    planned, first = config.training(recovery.counts[recovery.step]).loop, recovery.first
     pruning.model.requires_grad_(True)
-    trained = loop.run(pruning.model, text.recovery(step), NextToken(config.further_weight), recovery.loop, scratch)
+    objective, rate = NextToken(config.further_weight), partial(recovery.rate, config)
+    trained = loop.run(pruning.model, text.recovery(first), objective, planned, scratch, rate)
     pruning.model.requires_grad_(False)
     tokens = pruning.history[-1]["tokens"] if pruning.history else 0
     for entry in trained.history:
-        counted = {"step": step * config.recovery_steps + entry["step"], "tokens": tokens + entry["tokens"]}
-        pruning.history.append(entry | counted | {"cuts": step + 1})
+        counted = {"step": first + entry["step"], "tokens": tokens + entry["tokens"]}
+        pruning.history.append(entry | counted | {"cuts": recovery.step + 1})
 
 
 def _keep(folder: Path, done: int, pruning: Pruning) -> None:
@@ -132,8 +162,8 @@ def _resumed(folder: Path, model: Decoder) -> tuple[int, Pruning]:
 
 def _settle(config: PruneConfig, parents: Mapping[str, Artifact]) -> PruneConfig:
     check_tokenizer("prune", parents["checkpoint"], parents["tokens"])
-    check_context("prune", config.recovery, load_config(parents["checkpoint"].root))
-    return config.model_copy(update={"precision": settled(config.recovery).loop.precision})
+    check_context("prune", config.training(1), load_config(parents["checkpoint"].root))
+    return config.model_copy(update={"precision": settled(config.training(1)).loop.precision})
 
 
 def judge_pruning(model: ModelConfig, config: PruneConfig, room: int | None = None) -> Verdict:
@@ -174,7 +204,7 @@ def _facts(before: ModelConfig, after: ModelConfig, sizes: Sizes) -> dict[str, A
 PRUNE = Stage(
     name="prune",
     kind="checkpoint",
-    version=1,
+    version=2,
     config=PruneConfig,
     build=_build,
     parents={"checkpoint": "checkpoint", "tokens": "tokens"},

@@ -56,15 +56,15 @@ def without(model: Decoder, cuts: Sequence[Cut]) -> Decoder:
 def _take_out(tensors: Tensors, cut: Cut) -> None:
     count = cut.units.count
     for place in cut.units.readers:
-        tensors[place.tensor] = _added(tensors[place.tensor], place, cut)
+        tensors[place.tensor] = with_stand_ins(tensors[place.tensor], place, cut)
     kept = torch.tensor(cut.kept)
     for place in (*cut.units.own, *cut.units.readers):
         blocks = torch.unflatten(tensors[place.tensor], place.axis, (count, -1))
         tensors[place.tensor] = blocks.index_select(place.axis, kept).flatten(place.axis, place.axis + 1)
 
 
-def _added(tensor: Tensor, place: Place, cut: Cut) -> Tensor:
-    """With what reads each unit that goes added to what reads its stand-in."""
+def with_stand_ins(tensor: Tensor, place: Place, cut: Cut) -> Tensor:
+    """A copy with what reads each unit that goes added to what reads its stand-in."""
     blocks = torch.unflatten(tensor.clone(), place.axis, (cut.units.count, -1))
     for unit, other in cut.gone.items():
         if other is not None:

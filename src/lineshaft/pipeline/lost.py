@@ -95,4 +95,4 @@ def _cell(line: Line) -> LostCell:
 
 def _amount(value: float, unit: Unit, *, signed: bool) -> str:
     scaled = value if unit == "score" else 100 * value
-    return f"{scaled:{'+' if signed else ''}.{1 if unit in ('score', 'share') else 2}f}"
+    return f"{scaled:{'+z' if signed else ''}.{1 if unit in ('score', 'share') else 2}f}"

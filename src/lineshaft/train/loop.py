@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -59,6 +60,10 @@ class Batches(Protocol):
         """Batch `number`, the same whenever it is asked for."""
 
 
+Rate = Callable[[int], float]
+"""The learning rate of a step, counted from 0."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a finished run knows of itself."""
@@ -75,19 +80,25 @@ AUTO: Precision = "float32"
 """What `auto` means: bfloat16 was measured slower on every processor, with AMX below a width of about 1000 (docs/adr/0007)."""
 
 
-def run(model: Decoder, batches: Batches, objective: Objective, config: LoopConfig, scratch: Path) -> Trained:
+def run(
+    model: Decoder, batches: Batches, objective: Objective, config: LoopConfig, scratch: Path, rate: Rate | None = None
+) -> Trained:
     """Train `model` in place. States go to `scratch`; an interrupted run continues there to the same bits.
 
+    `rate`: of each step, where these are part of a longer schedule; None: the optimiser's schedule over config.steps.
     `config.precision` must be settled. Raises TrainingError when loss or gradient are no longer numbers.
     """
     assert config.precision != "auto"
     _keep_freed_memory()
     optimiser = adamw.build(model, config.optimiser)
+    rate = rate or partial(_scheduled, config)
     done, history = state.restore(scratch, model, optimiser)
     model.train()
     begun, fresh, gathered = time.perf_counter(), 0, _Gathered(history)
     with bar("train", config.steps, done=done) as progress:
         for step in range(done, config.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = rate(step)
             loss, targets, tokens, norm = _step(model, batches, objective, config, optimiser, step)
             fresh += tokens
             gathered.add(loss, targets, tokens)
@@ -98,6 +109,10 @@ def run(model: Decoder, batches: Batches, objective: Objective, config: LoopConf
                 state.save(scratch, step + 1, model, optimiser, history)
     model.eval()
     return Trained(history, int(history[-1]["tokens"]), fresh, time.perf_counter() - begun)
+
+
+def _scheduled(config: LoopConfig, step: int) -> float:
+    return adamw.learning_rate(config.optimiser, step, config.steps)
 
 
 def _step(
@@ -118,8 +133,6 @@ def _step(
     if not (math.isfinite(total) and math.isfinite(norm)):
         told = "lower optimiser.peak_lr or raise optimiser.warmup_share; nothing was saved of this step"
         raise TrainingError(f"step {step + 1} has a loss of {total / targets} and a gradient norm of {norm}: {told}")
-    for group in optimiser.param_groups:
-        group["lr"] = adamw.learning_rate(config.optimiser, step, config.steps)
     optimiser.step()
     optimiser.zero_grad()
     for router in model.routers():

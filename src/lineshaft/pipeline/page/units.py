@@ -121,7 +121,7 @@ def change(name: str, before: float, after: float) -> Change:
     if not (math.isfinite(before) and math.isfinite(after)):
         return Change("n/a", "")
     if name in SHARES:
-        text = f"{(after - before) * 100:+.2f} pp"
+        text = f"{(after - before) * 100:+z.2f} pp"
     elif before == 0:
         text = f"{after - before:+.3g}"
     else:
