@@ -1,4 +1,4 @@
-"""Predicted peak memory beside measured: models trained, served, rounded, distilled, calibrated, and given formats for a budget.
+"""Predicted peak memory beside measured: models trained, served, rounded, distilled, calibrated, pruned, and given formats for a budget.
 
     python benchmarks/preflight.py [TASK ...]
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from lineshaft.compress.distil_preflight import Distilling, judge_distilling
 from lineshaft.compress.plan import BudgetConfig, plan
 from lineshaft.compress.preflight import Compressing, judge_compressing
 from lineshaft.compress.proof import Tolerance, prove, remember
+from lineshaft.compress.prune_plan import PruneConfig, schedule
+from lineshaft.compress.prune_stage import judge_pruning, prune
 from lineshaft.compress.stage import compress
 from lineshaft.compress.steps import STEPS as COMPRESSING
 from lineshaft.engine.config import EngineConfig
@@ -64,6 +67,7 @@ MIXTRAL = SIZES | {"family": "mixtral", "attention": GQA, "moe": MOE | {"scoring
 FEW = {"num_hidden_layers": 4}
 AHEAD = DEEPSEEK | FEW | {"num_nextn_predict_layers": 1}
 INT4 = {"format": "int4", "group": 64}
+SHORT = {"step_share": 0.2, "calibration_rows": 4, "recovery_steps": 3, "last_recovery_steps": 3, "precision": "float32"}
 
 CASES: list[dict[str, Any]] = [
     {"task": "train", "model": LLAMA, "rows": 8, "sequence_tokens": 256},
@@ -98,6 +102,9 @@ CASES: list[dict[str, Any]] = [
     {"task": "calibrate", "step": "awq", "model": AHEAD, "config": INT4, "sequences": 32, "sequence_tokens": 512},
     {"task": "calibrate", "step": "smooth", "model": WIDE | FEW, "sequences": 32, "sequence_tokens": 1024},
     {"task": "calibrate", "step": "smooth", "model": AHEAD, "dtype": "bfloat16", "sequences": 64, "sequence_tokens": 512, "length": 64},
+    {"task": "prune", "model": WIDE, "config": {"channels": 0.4, "rows": 4, **SHORT}},
+    {"task": "prune", "model": WIDE, "config": {"channels": 0.4, "rows": 4, **SHORT, "recovery_steps": 0}},
+    {"task": "prune", "model": DEEPSEEK, "config": {"channels": 0.25, "experts": 0.25, "heads": 0.25, "rows": 4, **SHORT}},
     {"task": "budget", "model": WIDE, "config": {"bits": 6, "rows": 2}},
     {"task": "budget", "model": WIDE, "config": {"bits": 6, "rows": 2, "measure": "fisher"}},
     {"task": "budget", "model": DEEPSEEK, "config": {"bits": 6, "rows": 1, "formats": ["int8", "int4-32"], "measure": "gradient"}},
@@ -289,7 +296,39 @@ def budget(case: dict[str, Any], folder: Path) -> Verdict:
     return verdict
 
 
-TASKS = {"train": train, "serve": serve, "compress": compress_case, "distil": distil, "calibrate": calibrate, "budget": budget}
+@dataclass(frozen=True)
+class RandomText:
+    """As pruning asks for text."""
+
+    model: dict[str, Any]
+    config: PruneConfig
+
+    def calibration(self, step: int) -> list[Batch]:
+        count = self.config.calibration_rows
+        return [self.recovery(0, rows=1)[step * count + number] for number in range(count)]
+
+    def recovery(self, first: int, rows: int = 0) -> RandomBatches:
+        return RandomBatches({"model": self.model, "rows": rows or self.config.rows, "sequence_tokens": self.config.sequence_tokens})
+
+
+def prune_case(case: dict[str, Any], folder: Path) -> Verdict:
+    config = load(PruneConfig, case["config"])
+    verdict = judge_pruning(load_config(folder), config)
+    model = load_checkpoint(folder)
+    pruned = prune(model, schedule(model, config), RandomText(case["model"], config), config, folder / "scratch")
+    save_checkpoint(pruned.model, folder / "made", folder)
+    return verdict
+
+
+TASKS = {
+    "train": train,
+    "serve": serve,
+    "compress": compress_case,
+    "distil": distil,
+    "calibrate": calibrate,
+    "prune": prune_case,
+    "budget": budget,
+}
 
 if __name__ == "__main__":
     if sys.argv[1:2] != ["--child"]:

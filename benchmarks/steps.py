@@ -46,6 +46,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "awq int4": [{"step": "awq", **_INT4}],
     "gptq int4": [{"step": "gptq", **_INT4}],
     "qat int4": [{"step": "qat", **_INT4, **_FIT}],
+    "prune 40 %, untrained": [_PRUNE | {"channels": 0.4, "recovery_steps": 0}],
     "prune 20 %": [_PRUNE | {"channels": 0.2}],
     "prune 40 %": [_PRUNE | {"channels": 0.4}],
     "prune 40 %, gptq int4": [_PRUNE | {"channels": 0.4}, {"step": "gptq", **_INT4}],
@@ -107,6 +108,8 @@ class Bench:
         if step["step"] == "prune":
             config = load(PruneConfig, step)
             steps = recovery_steps(self.checkpoint, config)
+            if not steps:
+                return self.checkpoint, "the model"
             return control(self.store, self.checkpoint, self.tokens, config, steps), f"{steps} steps of training"
         fit = {name: step[name] for name in _FIT}
         return FINETUNE(self.store, load(FinetuneConfig, fit), **self.parents), f"{step['loop']['steps']} steps of training"
@@ -127,18 +130,24 @@ def weights_of(checkpoint: Artifact) -> int:
 
 
 def picture(found: list[Result]) -> str:
-    """Size and rise of the loss, as an SVG file."""
+    """Size and rise of the loss, as an SVG file: fewer bits above, smaller models below, whose losses rise on another scale."""
+    smaller = [one for one in found if CASES[one.name][0]["step"] in ("prune", "distil")]
+    titled = [("Fewer bits", [one for one in found if one not in smaller]), ("Smaller models", smaller)]
+    return stacked([(f"{title}: loss against bytes", drawn(title, some)) for title, some in titled if some])
+
+
+def drawn(title: str, found: list[Result]) -> Plot:
     ends = [end for one in found for end in (one.rise.low, one.rise.high)]
-    across = Axis.over("bytes beside float32, embeddings and all", [one.share for one in found], air=0.1)
+    across = Axis.over("bytes beside float32, embeddings and all", [one.share for one in found], air=0.25)
     axes = across, Axis.over("rise of the loss, percent", ends, zero=True)
-    legend = [("without training: beside the model", 0), ("with training: beside training as long", 1)]
-    plot = Plot("steps", "what steps of compression cost and give", "; ".join(map(str, found)), *axes, legend)
+    legend = [("untrained: beside the model", 0), ("trained: beside training as long", 1)]
+    plot = Plot(title.replace(" ", "-").lower(), title, "; ".join(map(str, found)), *axes, legend)
     for one in found:
         series = 0 if one.control == "the model" else 1
         plot.line([(one.share, one.rise.low), (one.share, one.rise.high)], series, "line whisker")
         plot.marker((one.share, one.rise.mean), series, str(one))
     plot.notes([((one.share, one.rise.mean), one.name) for one in found])
-    return stacked([("What each step costs in loss, and gives in bytes", plot)])
+    return plot
 
 
 def main() -> None:

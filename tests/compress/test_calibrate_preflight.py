@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lineshaft.base.config import load
 from lineshaft.base.errors import DoesNotFit
-from lineshaft.compress import calibrated
+from lineshaft.compress import calibrate_preflight, calibrated
 from lineshaft.compress.calibrate.rows import Surroundings, rows_at_once
 from lineshaft.compress.calibrate.walk import walk
 from lineshaft.compress.calibrate_preflight import METHODS, Calibrating, calibrate_memory, judge_calibrating
@@ -30,7 +30,9 @@ from lineshaft.model.memory import Stored
 from lineshaft.model.rope import rotation
 from lineshaft.ops import cpu
 from lineshaft.train.batches import Batch
+from lineshaft.train.preflight import COMPILED_BYTES
 
+COMPILED_PRODUCTS = "products compiled for each number of rows"
 GQA = {"kind": "gqa", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
 MLA = {"kind": "mla", "num_attention_heads": 8, "kv_lora_rank": 128, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 48}
 MOE = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "first_k_dense_replace": 1}
@@ -107,7 +109,7 @@ def test_a_walk_holds_what_is_counted(
     memory = calibrate_memory(Calibrating.of(WIDE[name], Stored(dtype), config))
     # What the golden text takes is not the walk's, holes are no tensors, and of the text only masks are made while it walks.
     text, masks = f"text of {sequences * row} tokens", sequences * row * row if length < 128 else 0
-    apart = {"chances on the golden text", "holes in the heap", text}
+    apart = {"chances on the golden text", "holes in the heap", COMPILED_PRODUCTS, text}
     phases = {name: terms for name, terms in memory.phases.items() if not name.startswith("proof")}
     counted = masks + max(sum(size for what, size in terms.items() if what not in apart) for terms in phases.values())
     method = Static(config, routed(model)) if step == "static" else METHODS[step](config)
@@ -116,6 +118,23 @@ def test_a_walk_holds_what_is_counted(
     assert counted * 0.72 <= got <= counted * 1.04
     if name == "llama" and dtype == "float32":
         assert got == pytest.approx(counted, rel=0.03 if step == "static" else 0.02)  # its histograms are numpy's
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_products_compiled_for_experts_are_counted_where_the_processor_has_bf16(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate_preflight, "compiles_bfloat16", lambda: compiles)
+
+    def counted(name: str, dtype: str, step: str, sequences: int) -> set[int]:
+        memory = calibrate_memory(Calibrating(WIDE[name], Stored(dtype), step, sequences, 512))
+        return {terms.get(COMPILED_PRODUCTS, 0) for at, terms in memory.phases.items() if not at.startswith("proof")}
+
+    config = WIDE["mixtral"]
+    assert config.moe is not None
+    a_run = 2 * (config.num_hidden_layers - 1) * config.moe.n_routed_experts << 20  # the first layer is dense
+    assert counted("mixtral", "bfloat16", "smooth", 1) == {a_run * compiles}
+    assert counted("mixtral", "bfloat16", "gptq", 1) == {2 * a_run * compiles}
+    assert counted("mixtral", "bfloat16", "gptq", 1 << 20) == {COMPILED_BYTES * compiles}
+    assert counted("mixtral", "float32", "smooth", 1) == counted("llama", "bfloat16", "smooth", 1) == {0}
 
 
 @pytest.mark.parametrize("name", SHAPES)

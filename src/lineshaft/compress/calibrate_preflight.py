@@ -22,7 +22,9 @@ from lineshaft.model.cost import Product, layer_part, prediction_part
 from lineshaft.model.fit import Step, Verdict, halved, judge
 from lineshaft.model.memory import ITEM, Memory, Stored, Terms, integer_of
 from lineshaft.model.packed_memory import PackedPass, readings
+from lineshaft.ops.cpu import compiles_bfloat16
 from lineshaft.ops.formats import DENSE
+from lineshaft.train.preflight import COMPILED, COMPILED_BYTES
 
 Config = GptqConfig | AwqConfig | SmoothConfig | StaticConfig
 METHODS: Mapping[str, type[Gptq] | type[Awq] | type[Smooth] | type[Static]] = {
@@ -157,7 +159,19 @@ def _lasting(given: Calibrating, largest_pass: int) -> Terms:
         "hidden states": given.tokens * config.hidden_size * given.item,
         "chances on the golden text": _golden(given),
         "holes in the heap": int(HOLES * largest_pass),
+        **_compiled(given),
     }
+
+
+def _compiled(given: Calibrating) -> Terms:
+    """For experts in bfloat16, as in training: up and down for each number of tokens that comes to one, in each run of a batch."""
+    config = given.model
+    if config.moe is None or given.stored.dtype != "bfloat16" or not compiles_bfloat16():
+        return {}
+    mixtures = sum(config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)) + config.num_nextn_predict_layers
+    runs = -(-given.tokens // given.at_once) * (2 if METHODS[given.step].changes_outputs else 1)
+    shapes = min(COMPILED, 2 * runs * mixtures * config.moe.n_routed_experts)
+    return {"products compiled for each number of rows": shapes * COMPILED_BYTES // COMPILED}
 
 
 def _golden(given: Calibrating) -> int:

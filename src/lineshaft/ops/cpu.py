@@ -20,6 +20,11 @@ WIDE_ROWS = 96
 """From so many rows on, widening a weight costs less than it saves: equal at 64 with 2 cores and AVX-512, 3584 x 1280."""
 
 
+def compiles_bfloat16() -> bool:
+    """Has the processor bf16 instructions, for which oneDNN then compiles a product of each shape that it meets?"""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """See `reference.linear`."""
     if not _worth_widening(x_TI):

@@ -19,8 +19,10 @@ CODE_BYTES = 24 << 20
 HOLES = 0.1
 """Share of what a step makes and frees that lies unused in the heap, beside the blocks that gradients leave (docs/preflight.md)."""
 
-COMPILED_BYTES = 1 << 30
-"""oneDNN compiles a bfloat16 product for each shape and keeps 1024 of them, about a MiB each. Experts meet ever new shapes."""
+COMPILED = 1024
+"""Products that oneDNN keeps; in bfloat16 it compiles one for each shape, and experts meet ever new ones."""
+COMPILED_BYTES = COMPILED << 20
+"""About a MiB each."""
 LEAST_TOKENS = 64
 """No shorter rows are proposed."""
 
