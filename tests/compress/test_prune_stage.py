@@ -139,7 +139,8 @@ def test_learning_rates_are_on_one_curve_over_all_recoveries_and_rise_anew_after
     assert counts == [20, 20, 60]
     assert config(channels=0.5, recovery_steps=20, last_recovery_steps=7).recoveries(3) == [20, 20, 7]
     assert config(channels=0.5, recovery_steps=0, last_recovery_steps=None).recoveries(3) == [0, 0, 0]
-    rates = [prune_stage.Recovery(cut, counts).rate(asked, step) for cut, count in enumerate(counts) for step in range(count)]
+    optimiser = asked.training(100).loop.optimiser
+    rates = [prune_stage.Recovery(cut, counts).rate(optimiser, step) for cut, count in enumerate(counts) for step in range(count)]
     curve = [1e-2 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 99)) / 2) for step in range(100)]
     warm = {0: 1 / 2, 20: 1 / 2} | {40 + step: (step + 1) / 6 for step in range(5)}
     assert rates == pytest.approx([rate * warm.get(step, 1) for step, rate in enumerate(curve)])

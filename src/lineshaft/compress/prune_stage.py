@@ -34,7 +34,7 @@ from lineshaft.text import contract
 from lineshaft.train import loop, state
 from lineshaft.train.batches import Batch, RowReader, ShuffledRows
 from lineshaft.train.objective import NextToken
-from lineshaft.train.optimiser import learning_rate
+from lineshaft.train.optimiser import OptimiserConfig, learning_rate
 from lineshaft.train.preflight import Training, judge_training
 from lineshaft.train.stage import check_context, check_dense, check_tokenizer, settled, write_history
 
@@ -123,17 +123,16 @@ class Recovery:
         """Optimiser steps before it."""
         return sum(self.counts[: self.step])
 
-    def rate(self, config: PruneConfig, step: int) -> float:
+    def rate(self, optimiser: OptimiserConfig, step: int) -> float:
         """Of a step of this one: on one curve over all of them, with a warm-up, since AdamW knows nothing yet of what was cut."""
         warm = max(1, round(WARM_UP * self.counts[self.step]))
-        total = sum(self.counts)
-        return learning_rate(config.training(total).loop.optimiser, self.first + step, total) * min(1.0, (step + 1) / warm)
+        return learning_rate(optimiser, self.first + step, sum(self.counts)) * min(1.0, (step + 1) / warm)
 
 
 def _recover(pruning: Pruning, text: Text, config: PruneConfig, recovery: Recovery, scratch: Path) -> None:
     planned, first = config.training(recovery.counts[recovery.step]).loop, recovery.first
     pruning.model.requires_grad_(True)
-    objective, rate = NextToken(config.further_weight), partial(recovery.rate, config)
+    objective, rate = NextToken(config.further_weight), partial(recovery.rate, planned.optimiser)
     trained = loop.run(pruning.model, text.recovery(first), objective, planned, scratch, rate)
     pruning.model.requires_grad_(False)
     tokens = pruning.history[-1]["tokens"] if pruning.history else 0
