@@ -32,7 +32,7 @@ def test_the_table_and_the_json_are_those_of_the_run(line: Line) -> None:
     assert (found["prompts"], found["notes"]) == (4, [])
     loss = found["loss_rise_share"]
     row = next(item for item in text.splitlines() if item.startswith("loss, nats/token"))
-    assert f"{100 * loss['estimate']:+.2f} % ({100 * loss['low']:+.2f} to {100 * loss['high']:+.2f})" in row
+    assert f"{100 * loss['estimate']:+z.2f} % ({100 * loss['low']:+z.2f} to {100 * loss['high']:+z.2f})" in row
     assert re.search(r"^BLEU to held-out +\d", text, re.MULTILINE)
 
 
