@@ -103,7 +103,7 @@ CASES: list[dict[str, Any]] = [
     {"task": "calibrate", "step": "smooth", "model": WIDE | FEW, "sequences": 32, "sequence_tokens": 1024},
     {"task": "calibrate", "step": "smooth", "model": AHEAD, "dtype": "bfloat16", "sequences": 64, "sequence_tokens": 512, "length": 64},
     {"task": "prune", "model": WIDE, "config": {"channels": 0.4, "rows": 4, **SHORT}},
-    {"task": "prune", "model": WIDE, "config": {"channels": 0.4, "rows": 4, **SHORT, "recovery_steps": 0}},
+    {"task": "prune", "model": WIDE, "config": {"channels": 0.4, "rows": 4, **SHORT, "recovery_steps": 0, "last_recovery_steps": 0}},
     {"task": "prune", "model": DEEPSEEK, "config": {"channels": 0.25, "experts": 0.25, "heads": 0.25, "rows": 4, **SHORT}},
     {"task": "budget", "model": WIDE, "config": {"bits": 6, "rows": 2}},
     {"task": "budget", "model": WIDE, "config": {"bits": 6, "rows": 2, "measure": "fisher"}},
@@ -304,11 +304,14 @@ class RandomText:
     config: PruneConfig
 
     def calibration(self, step: int) -> list[Batch]:
-        count = self.config.calibration_rows
-        return [self.recovery(0, rows=1)[step * count + number] for number in range(count)]
+        rows, count = self._batches(1), self.config.calibration_rows
+        return [rows[step * count + number] for number in range(count)]
 
-    def recovery(self, first: int, rows: int = 0) -> RandomBatches:
-        return RandomBatches({"model": self.model, "rows": rows or self.config.rows, "sequence_tokens": self.config.sequence_tokens})
+    def recovery(self, first: int) -> RandomBatches:
+        return self._batches(self.config.rows)
+
+    def _batches(self, rows: int) -> RandomBatches:
+        return RandomBatches({"model": self.model, "rows": rows, "sequence_tokens": self.config.sequence_tokens})
 
 
 def prune_case(case: dict[str, Any], folder: Path) -> Verdict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_prune import FAMILIES, copy, logits, model_of, pairs_in, rows
+from test_prune import FAMILIES, logits, model_of, rows, with_copies
 from test_shrink import same
 from torch import Tensor
 
@@ -79,12 +79,7 @@ def test_the_readers_are_those_of_least_squares(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["channels", "heads"])
 @FAMILIES
 def test_copies_still_go_without_a_trace(name: str, kind: str) -> None:
-    model = model_of(name)
-    chosen = [units for units in model.units() if units.kind == kind and units.count > 2 * each(model.config, units)]
-    if len(chosen) < len([units for units in model.units() if units.kind == kind]):
-        pytest.skip("too few")
-    for units in chosen:
-        copy(model, units, pairs_in(units, 4, each(model.config, units)))
+    model, chosen = with_copies(name, kind)
     before, cuts = logits(model), [least_worthy(model, units, evenly(model), each(model.config, units)) for units in chosen]
     mend(model, cuts, TEXTS, NextToken())
     assert same(before, logits(without(model, cuts)), 1e-4)

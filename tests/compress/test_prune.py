@@ -210,15 +210,21 @@ def test_of_two_that_do_the_same_one_goes_and_the_other_stands_in(name: str, kin
         assert {frozenset(pair) for pair in cut.gone.items()} == {frozenset(pair) for pair in pairs[units.name]}, units.name
 
 
-@pytest.mark.parametrize("kind", ["channels", "heads"])
-@FAMILIES
-def test_copies_that_are_cut_change_nothing(name: str, kind: str) -> None:
+def with_copies(name: str, kind: str) -> tuple[Decoder, list[Units]]:
+    """A model and its blocks of this kind, in each of which some units are copies of others. Skips where there are too few."""
     model = model_of(name)
     chosen = [units for units in model.units() if units.kind == kind and units.count > 2 * each(model.config, units)]
     if len(chosen) < len([units for units in model.units() if units.kind == kind]):
         pytest.skip("too few")
     for units in chosen:
         copy(model, units, pairs_in(units, 4, each(model.config, units)))
+    return model, chosen
+
+
+@pytest.mark.parametrize("kind", ["channels", "heads"])
+@FAMILIES
+def test_copies_that_are_cut_change_nothing(name: str, kind: str) -> None:
+    model, chosen = with_copies(name, kind)
     before, fisher = logits(model), squared_gradients(model, rows(8), NextToken())
     cuts = [least_worthy(model, units, fisher, each(model.config, units)) for units in chosen]
     assert all(other is not None for cut in cuts for other in cut.gone.values())

@@ -42,8 +42,7 @@ def mend(model: Decoder, cuts: Sequence[Cut], batches: Iterable[Batch], objectiv
             objective(model, batch)
     for cut, place, linear in readers:
         if place.tensor in seen and (gram_II := seen[place.tensor].gram_II) is not None:
-            wide = linear.in_features // cut.units.count
-            kept_K = torch.tensor([unit * wide + offset for unit in cut.kept for offset in range(wide)])
+            kept_K = torch.arange(linear.in_features).view(cut.units.count, -1)[cut.kept].flatten()
             weight_OI = linear.weight.detach()
             mended_OK = refitted(weight_OI, with_stand_ins(weight_OI, place, cut)[:, kept_K], gram_II, kept_K)
             linear.weight = nn.Parameter(torch.zeros_like(weight_OI).index_copy_(1, kept_K, mended_OK), requires_grad=False)
