@@ -1,7 +1,7 @@
 """What a student keeps of its teacher, what it costs, and whether the teacher was worth it: tiny models on the quickstart's text.
 
-    .venv/bin/python benchmarks/distilling.py --store FOLDER [--steps N] [--further N] [--student-steps N] [--layers 3 2]
-        [--set alpha=0.9 ...] [--json FILE]
+    .venv/bin/python benchmarks/distilling.py --store FOLDER [--steps N] [--further N] [--student-steps N] [--teacher-layers 8]
+        [--layers 3 2] [--set alpha=0.9 ...] [--json FILE]
 
 The teacher is trained longer than its students. For each number of layers there are students of its width, all trained for as many
 steps on the same batches: `alone`, with fresh weights; `distilled`, the same fresh weights with the teacher; `cut`, begun as layers of
@@ -52,8 +52,6 @@ from lineshaft.train.finetune import FINETUNE, FinetuneConfig
 from lineshaft.train.stage import PRETRAIN
 
 Floats = npt.NDArray[np.float64]
-LAYERS = 8
-"""Of the teacher."""
 _GQA = {"kind": "gqa", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 48}
 _SIZES = {"hidden_size": 192, "intermediate_size": 512, "max_position_embeddings": 1024, "initializer_range": 0.05}
 PROMPT, ANSWER = 64, 129
@@ -75,6 +73,7 @@ class Bench:
     recipe: Recipe
     tokens: Artifact
     tokenizer: Artifact
+    teacher_layers: int
     steps: int
     further: int
     student_steps: int
@@ -102,7 +101,7 @@ class Bench:
 
     def teacher(self) -> Artifact:
         """Trained, then further, up to half the rate once more: it should know more than a student finds out alone."""
-        begun = self.pretrained(self.fit(self.steps, self.peak_lr), LAYERS)
+        begun = self.pretrained(self.fit(self.steps, self.peak_lr), self.teacher_layers)
         if not self.further:
             return begun
         config = load(FinetuneConfig, self.fit(self.further, self.peak_lr / 2))
@@ -187,7 +186,7 @@ def step_times(folders: Mapping[str, Path], tokens: Artifact, rounds: int) -> di
 def made(bench: Bench, layers: list[int], settings: Table) -> Iterator[tuple[str, Artifact, str]]:
     """Name, model, and the name of the one that it is compared with."""
     teacher = bench.teacher()
-    yield f"teacher, {LAYERS} layers", teacher, ""
+    yield f"teacher, {bench.teacher_layers} layers", teacher, ""
     for count in layers:
         yield f"{count} layers, alone", bench.alone(count), ""
         yield f"{count} layers, distilled", bench.distilled(teacher, {"student": shape(count), **settings}), f"{count} layers, alone"
@@ -214,6 +213,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--further", type=int, default=1200, help="steps that the teacher is trained beyond that")
     parser.add_argument("--student-steps", type=int, help="of every student; as many as --steps where it is left out")
     parser.add_argument("--peak-lr", type=float, default=3e-3)
+    parser.add_argument("--teacher-layers", type=int, default=8)
     parser.add_argument("--layers", type=int, nargs="+", default=[3])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every distillation, such as alpha=0.9")
     parser.add_argument("--rounds", type=int, default=24)
@@ -225,7 +225,8 @@ def main() -> None:
     given, settings = arguments(), {}
     for text in given.set:
         settings = merge(settings, nest(*parse_assignment(text)))
-    shared = {"steps": given.steps, "further": given.further, "student_steps": given.student_steps or given.steps, "peak_lr": given.peak_lr}
+    shared = {name: getattr(given, name) for name in ("teacher_layers", "steps", "further", "peak_lr")}
+    shared["student_steps"] = given.student_steps or given.steps
     bench = begin(Store(given.store), shared)
     print(f"# {json.dumps(machine() | shared | {'set': settings})}")
     models = list(made(bench, given.layers, settings))

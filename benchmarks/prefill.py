@@ -61,7 +61,7 @@ def paged(model: Decoder, tokens: torch.Tensor, steady: bool = True) -> torch.Te
     cache = PagedCache(model.config, [pages], PAGE, model.model.embed_tokens.weight.dtype)
     request = Request(0, len(tokens), Sampling(max_tokens=1), frozenset(), tokens.tolist(), tables=[list(range(pages))])
     runner = Runner(model, cache, steady)
-    return runner.logits(runner.run(Plan([Chunk(request, 0, len(tokens))])), [len(tokens) - 1])
+    return runner.run(Plan([Chunk(request, 0, len(tokens))]))[1]
 
 
 def theirs(model: transformers.PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:

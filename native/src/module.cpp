@@ -161,6 +161,7 @@ NB_MODULE(_native, m) {
     m.def("threads", &step::threads);
     nb::class_<step::Step>(m, "Step").def("run", &step::Step::run, free_gil).def("__len__", &step::Step::size);
     m.def("begin_step", &step::begin);
+    m.def("finish_step", &step::finish);
     m.def("end_step", &step::end);
     m.def("packed_bytes", [](int kind, int64_t i, int64_t o, int64_t s, bool z) { return shape_of(kind, i, o, s, z).bytes(); });
     m.def("pack_dense", [](int kind, int64_t i, int64_t o, uintptr_t w, int64_t stride, uintptr_t out) {

@@ -33,11 +33,13 @@ struct Call {
 /// that the system holds up between parts holds up nobody. Who waits asks for the weights that it will need next.
 class Step {
   public:
-    void run(int64_t tokens) const;
+    void run(int64_t tokens, int64_t rows) const;
     size_t size() const { return calls_.size(); }
     void note(Call call);
+    void finish() { body_ = calls_.size(); }
 
   private:
+    size_t body_ = SIZE_MAX;  // calls that work on all tokens; those behind them work on rows: logits, which few tokens need
     std::vector<Call> calls_;
     std::vector<Stream> streams_;  // which is read next after each call
 };
@@ -46,6 +48,7 @@ void set_threads(int count);
 int threads();
 
 void begin();
+void finish();
 Step end();
 
 /// Memory for what lives within one call. `reserve` before the call: it grows and never shrinks, so a steady engine allocates nothing.

@@ -15,7 +15,8 @@ from lineshaft.model.decoder import Decoder
 from lineshaft.ops import isa
 from lineshaft.ops.reach import Blocks, Window
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "model"))  # pytest's importlib mode does not find helpers elsewhere
+for folder in ("model", "sched"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))  # pytest's importlib mode does not find helpers elsewhere
 
 VOCABULARY = 61
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 96, "vocab_size": VOCABULARY}

@@ -38,6 +38,19 @@ def test_a_replay_is_the_calls_for_any_number_of_tokens(tokens: int) -> None:
     assert len(recorded) == 102
 
 
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 1), (7, 0), (7, 3), (5, ROWS)])
+def test_what_finishes_a_step_works_on_rows_of_its_own(tokens: int, rows: int) -> None:
+    buffer, chosen = torch.zeros(ROWS, WIDTH), torch.zeros(ROWS, dtype=torch.int64)
+    with torch.inference_mode(), table.steady():
+        recorded = Recorded(lambda: chain(buffer), lambda output: chain(table.embed(chosen, output)))
+        buffer[:tokens] = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(1))
+        chosen[:rows] = torch.arange(rows).flip(0) % tokens
+        recorded.run(tokens, rows)
+        wanted = chain(buffer[:tokens].clone())
+        assert torch.equal(recorded.output[:tokens], wanted)
+        assert torch.equal(recorded.finished[:rows], chain(wanted[chosen[:rows]]))
+
+
 def test_places_are_used_again() -> None:
     buffer = torch.zeros(ROWS, WIDTH)
     with torch.inference_mode(), table.steady():

@@ -31,7 +31,6 @@ from lineshaft.model.checkpoint import load_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.sched.load import Load
 from lineshaft.sched.pages import PagePool
-from lineshaft.sched.plan import Plan
 from lineshaft.sched.request import Ask, Event, Request, Started
 from lineshaft.sched.scheduler import Scheduler
 
@@ -100,9 +99,9 @@ class Engine:
         plan = self.scheduler.plan(began)
         if not plan.chunks:
             return []
-        hidden_TI = self.runner.run(plan)
+        hidden_TI, logits_RV = self.runner.run(plan)
         read = self.readings.take(plan, hidden_TI, self.runner)
-        tokens, scores = self.sampler(self.runner.logits(hidden_TI, last_rows(plan)), plan.sampling)
+        tokens, scores = self.sampler(logits_RV, plan.sampling)
         emitted = self.scheduler.commit(plan, tokens, scores)
         for token in emitted:
             if token.finish is not None:
@@ -140,16 +139,6 @@ class Engine:
                 f"shorten the prompt or lower max_tokens{self._more_cache}",
                 "max_tokens" if len(prompt) < self.context_tokens else "prompt",
             )
-
-
-def last_rows(plan: Plan) -> list[int]:
-    """The rows of the packed step whose logits choose a token, in the order of `plan.sampling`."""
-    rows, row = [], -1
-    for chunk in plan.chunks:
-        row += chunk.last - chunk.first
-        if chunk.ends and chunk.request.task != "embed":
-            rows.append(row)
-    return rows
 
 
 def _shifted(seed: int, copy: int) -> int:

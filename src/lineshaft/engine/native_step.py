@@ -11,6 +11,7 @@ from lineshaft.engine.cache import PagedCache
 from lineshaft.engine.native_attend import NativeAttend
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.rope import speeds
+from lineshaft.ops import table as ops
 from lineshaft.ops.recording import Recorded
 from lineshaft.sched.plan import Plan
 
@@ -24,26 +25,39 @@ class NativeStep:
         self.obstacle: str | None = None
         self._recorded = self._record()
 
-    def run(self, plan: Plan) -> Tensor:
-        """Hidden states [T, hidden] of the plan's tokens, good until the next run."""
+    def run(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """See Runner.run."""
         if self._buffers.fill(plan) and self._recorded is not None:
             self._recorded = self._record()
-        if self._recorded is None:
-            return self._hidden(plan.tokens)
-        self._recorded.run(plan.tokens)
-        return self._recorded.output[: plan.tokens]
+        tokens, rows = self._buffers.tokens, self._buffers.rows
+        if (recorded := self._recorded) is None:
+            return self._op_by_op(tokens, rows)
+        recorded.run(tokens, rows)
+        return recorded.output[:tokens], recorded.finished[:rows]
+
+    @torch.inference_mode()
+    def _op_by_op(self, tokens: int, rows: int) -> tuple[Tensor, Tensor]:
+        with ops.steady():
+            hidden_TI = self._hidden(tokens)
+            return hidden_TI, self._logits(hidden_TI, rows)
+
+    @torch.inference_mode()
+    def _record(self) -> Recorded | None:
+        speeds(self.model.config, torch.device("cpu"))  # worked out once, by PyTorch
+        buffers = self._buffers
+        try:
+            with ops.steady():
+                return Recorded(lambda: self._hidden(buffers.capacity), lambda hidden_TI: self._logits(hidden_TI, buffers.most_rows))
+        except Unrecordable as found:
+            self.obstacle = str(found)
+            return None
 
     def _hidden(self, tokens: int) -> Tensor:
         buffers = self._buffers
         return self.model.hidden(buffers.tokens_T[:tokens], buffers.positions_T[:tokens], NativeAttend(self.cache, buffers, tokens))
 
-    def _record(self) -> Recorded | None:
-        speeds(self.model.config, torch.device("cpu"))  # worked out once, by PyTorch
-        try:
-            return Recorded(lambda: self._hidden(self._buffers.capacity))
-        except Unrecordable as found:
-            self.obstacle = str(found)
-            return None
+    def _logits(self, hidden_TI: Tensor, rows: int) -> Tensor:
+        return self.model.logits(ops.embed(self._buffers.rows_R[:rows], hidden_TI)).float()
 
     def told(self) -> str:
         """For people."""

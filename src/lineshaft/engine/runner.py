@@ -25,18 +25,27 @@ class Runner:
         self.model, self.cache, self.steady = model, cache, steady
         self.native: NativeStep | None = None
         if steady and obstacle(model.config) is None:
-            with torch.inference_mode(), ops.steady():
-                self.native = NativeStep(model, cache, step_tokens)
+            self.native = NativeStep(model, cache, step_tokens)
         assert self.native is not None or not cache.coded  # see cache_dtype
 
-    @torch.inference_mode()
-    def run(self, plan: Plan) -> Tensor:
-        """Final hidden states [T, hidden] of the plan's tokens; their keys are in the cache afterwards."""
+    def run(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Final hidden states [T, hidden] of the plan's tokens, whose keys are in the cache afterwards; and float32 logits [R, vocabulary]
+        that choose a token for each of `plan.sampling`. Both are good until the next run."""
         for group, source, target in plan.copies:
             self.cache.copy(group, source, target)
         if self.native is not None:
-            with ops.steady():
-                return self.native.run(plan)
+            return self.native.run(plan)
+        hidden_TI = self._hidden(plan)
+        return hidden_TI, self.logits(hidden_TI, plan.sampling_rows)
+
+    @torch.inference_mode()
+    def logits(self, hidden_TI: Tensor, rows: Sequence[int]) -> Tensor:
+        """Logits [R, vocabulary] in float32 of some rows."""
+        with ops.steady(self.steady):
+            return self.model.logits(hidden_TI[torch.tensor(rows, dtype=torch.int64)]).float()
+
+    @torch.inference_mode()
+    def _hidden(self, plan: Plan) -> Tensor:
         tokens = [token for chunk in plan.chunks for token in chunk.request.tokens[chunk.first : chunk.last]]
         positions = [position for chunk in plan.chunks for position in range(chunk.first, chunk.last)]
         if not self.steady:
@@ -45,9 +54,3 @@ class Runner:
         with ops.steady():
             attend = TiledAttend(self.cache, plan)
             return self.model.hidden(torch.tensor(tokens + extra), torch.tensor(positions + extra), attend)[: len(tokens)]
-
-    @torch.inference_mode()
-    def logits(self, hidden_TI: Tensor, rows: Sequence[int]) -> Tensor:
-        """Logits [R, vocabulary] in float32 of some rows."""
-        with ops.steady(self.steady):
-            return self.model.logits(hidden_TI[torch.tensor(rows, dtype=torch.int64)]).float()

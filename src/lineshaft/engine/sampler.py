@@ -22,7 +22,7 @@ class Sampler:
 
     def __call__(self, logits_RV: Tensor, requests: list[Request]) -> tuple[list[int], list[Score | None] | None]:
         """A token for each row of float32 logits, and scores where a request wants them (None when none does)."""
-        tokens = logits_RV.argmax(-1).tolist()
+        tokens: list[int] = logits_RV.numpy().argmax(-1).tolist()
         for row, request in enumerate(requests):
             if not _takes_the_greatest(request.sampling):
                 tokens[row] = self._one(logits_RV[row], request)

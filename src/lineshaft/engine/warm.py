@@ -10,7 +10,7 @@ from itertools import count
 
 from torch import Tensor
 
-from lineshaft.engine.loop import Engine, last_rows
+from lineshaft.engine.loop import Engine
 from lineshaft.sched.admission import SchedulerConfig
 from lineshaft.sched.pages import PagePool
 from lineshaft.sched.request import Request, Sampling
@@ -47,8 +47,8 @@ def _answers(engine: Engine, lengths: list[int]) -> list[list[Tensor]]:
     said: list[list[Tensor]] = [[] for _ in requests]
     while scheduler.running or scheduler.waiting:
         plan = scheduler.plan()
-        logits_RV = engine.runner.logits(engine.runner.run(plan), last_rows(plan))
-        for request, logits_V in zip(plan.sampling, logits_RV, strict=True):
+        _, logits_RV = engine.runner.run(plan)
+        for request, logits_V in zip(plan.sampling, logits_RV.clone(), strict=True):
             said[request.number - 1].append(logits_V)
         scheduler.commit(plan, logits_RV.argmax(-1).tolist())
     return said

@@ -66,10 +66,13 @@ def result(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 class Recorded:
-    """The native calls of one function over tokens: `run(tokens)` computes for the first so many rows of its buffers."""
+    """The native calls of one function over tokens: `run(tokens)` computes for the first so many rows of its buffers.
 
-    def __init__(self, run: Callable[[], Tensor]) -> None:
-        """Record `run`. Raises Unrecordable. `output`: its result, filled by each run."""
+    `finish` goes on with what the function gave, for a number of rows of its own: logits, which few tokens need.
+    """
+
+    def __init__(self, run: Callable[[], Tensor], finish: Callable[[Tensor], Tensor] = lambda output: output) -> None:
+        """Record both. Raises Unrecordable. `output` and `finished`: their results, filled by each run."""
         native: Any = library()
         self.arena = Arena()
         token = _arena.set(self.arena)
@@ -77,6 +80,8 @@ class Recorded:
         try:
             with _OnlyViews():  # type: ignore[no-untyped-call] # torch leaves its modes untyped
                 self.output = run()
+                native.finish_step()
+                self.finished = finish(self.output)
         finally:
             self._step = native.end_step()
             _arena.reset(token)
@@ -84,9 +89,9 @@ class Recorded:
     def __len__(self) -> int:
         return len(self._step)
 
-    def run(self, tokens: int) -> None:
-        """Compute."""
-        self._step.run(tokens)
+    def run(self, tokens: int, rows: int = 0) -> None:
+        """Compute, and finish the first `rows`."""
+        self._step.run(tokens, rows)
 
 
 class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves its modes untyped

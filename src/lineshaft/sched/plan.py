@@ -21,6 +21,11 @@ class Chunk(msgspec.Struct, gc=False):
         """Is its last token the last that the request has? (Not when more of the prompt is to come.)"""
         return self.last == len(self.request.tokens)
 
+    @property
+    def samples(self) -> bool:
+        """Does the request get a token from this step?"""
+        return self.ends and self.request.task != "embed"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -35,7 +40,17 @@ class Plan:
     @property
     def sampling(self) -> list[Request]:
         """The requests that get a token from this step."""
-        return [chunk.request for chunk in self.chunks if chunk.ends and chunk.request.task != "embed"]
+        return [chunk.request for chunk in self.chunks if chunk.samples]
+
+    @property
+    def sampling_rows(self) -> list[int]:
+        """Where in the packed step the last token of each of these stands: its logits choose the next one."""
+        rows, row = [], -1
+        for chunk in self.chunks:
+            row += chunk.last - chunk.first
+            if chunk.samples:
+                rows.append(row)
+        return rows
 
     @property
     def tokens(self) -> int:
