@@ -109,6 +109,20 @@ struct Experts {
     int64_t tokens;
 };
 
+/// How a token is chosen (ops/sampling.py), as Python lays it out.
+struct Choice {
+    double temperature, top_k, top_p, min_p, luck;
+};
+constexpr float kColdest = 1e-30f;  // lower temperatures count as this one
+
+struct Sample {
+    const float* logits;        // [rows, width]
+    int64_t stride, width;      // elements
+    const Choice* choices;      // [rows]
+    int64_t* tokens;            // likewise
+    int64_t rows;
+};
+
 /// Between them all threads wait for each other.
 enum class Stage : int { sort, pack, swiglu, pack_down, down, combine };
 
@@ -129,6 +143,7 @@ struct Kernels {
     void (*attention)(const Attention&, int part, int parts);
     void (*write_codes)(const Entries&, int part, int parts);
     void (*route)(const Route&, int part, int parts);
+    void (*sample)(const Sample&, int part, int parts);
     void (*experts)(const Experts&, Stage, void* scratch, int part, int parts);  // scratch: desk.h
 };
 

@@ -141,6 +141,15 @@ void attention(int activation, bool coded, uintptr_t q, int64_t q_stride, uintpt
     });
 }
 
+void sample(uintptr_t logits, int64_t stride, int64_t width, uintptr_t choices, uintptr_t tokens, int64_t rows) {
+    const Sample s{at<const float>(logits), stride, width, at<const Choice>(choices), at<int64_t>(tokens), 0};
+    step::perform(rows, width, [s](int64_t now, int part, int parts) {
+        Sample own = s;
+        own.rows = now;
+        chosen->sample(own, part, parts);
+    });
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -180,5 +189,6 @@ NB_MODULE(_native, m) {
     m.def("angles", &angles, free_gil);
     m.def("write_codes", &write_codes, free_gil);
     m.def("attention", &attention, free_gil);
+    m.def("sample", &sample, free_gil);
     bind_experts(m);
 }

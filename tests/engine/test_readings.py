@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from lineshaft.base.errors import RequestError
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
-from lineshaft.engine.sampler import altered, score
+from lineshaft.engine.penalties import alter
+from lineshaft.engine.sampler import score
 from lineshaft.model.attend import PackedCausal
 from lineshaft.model.decoder import Decoder
 from lineshaft.sched.request import Ask, Emitted, Event, Pooled, PromptScored, Request, Sampling, Started
@@ -136,6 +137,16 @@ def test_a_bias_for_a_token_that_is_not_there_is_refused(tiny: Tiny) -> None:
     with pytest.raises(RequestError, match="token id 61 is outside") as refused:
         chunked(tiny("qwen3")).submit(Ask([1], Sampling(logit_bias={61: 1.0})))
     assert refused.value.param == "logit_bias"
+
+
+def altered(logits: torch.Tensor, request: Request) -> torch.Tensor:
+    """A row after bias and penalties; what they changed is named, and can be put back."""
+    row = logits.numpy().copy()
+    ids, before = alter(row, request)
+    back = row.copy()
+    back[ids] = before
+    assert (back == logits.numpy()).all()
+    return torch.from_numpy(row)
 
 
 TOKENS = st.lists(st.integers(0, 19), min_size=1, max_size=30)

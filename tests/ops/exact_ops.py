@@ -8,6 +8,7 @@ from typing import Any
 import expert_cases
 import native_cases
 import numpy as np
+import sample_cases
 import torch
 import torch.nn.functional as F
 from integer_cases import exact_linear_int, exact_linear_int_a8, rounded_to_bytes
@@ -200,4 +201,5 @@ EXACT: dict[str, Callable[..., Any]] = {
     "paged_attention": exact_paged_attention,
     "write_codes": exact_write_codes,
     "coded_attention": exact_coded_attention,
+    "sample": sample_cases.exact_sample,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import native_cases
+import sample_cases
 import torch
 from expert_cases import ExpertShapes
 from hypothesis import strategies as st
@@ -35,6 +36,9 @@ class Shapes(ExpertShapes):
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(dtype or self.dtype)
+
+    def sample(self) -> Arguments:
+        return tuple(self.draw(sample_cases.choices()))
 
     def linear(self) -> Arguments:
         tokens, inputs, outputs = self.size(7), self.size(33), self.size(19)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lineshaft.ops.entries import entry_bytes
 from lineshaft.ops.packing import Shape
+from lineshaft.ops.sampling import COLUMNS
 
 FLOATS = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels compute on, as the library numbers it."""
@@ -126,3 +127,11 @@ def _in_a_row(pages: Tensor) -> bool:
     """Is token t of page p where the kernel looks for it, (p * B + t) strides from the beginning, its channels side by side?"""
     count, size, _, width = pages.shape
     return (count == 1 or pages.stride(0) == size * pages.stride(1)) and (width == 1 or pages.stride(3) == 1)
+
+
+def sample(logits_RV: Tensor, choices_R5: Tensor) -> None:
+    """A row of choices for each row of logits."""
+    fit = logits_RV.dim() == 2 and logits_RV.shape[1] and choices_R5.shape == (len(logits_RV), COLUMNS)
+    if not fit or logits_RV.dtype != torch.float32 or choices_R5.dtype != torch.float64:
+        shapes = f"{list(logits_RV.shape)} {logits_RV.dtype}, choices {list(choices_R5.shape)} {choices_R5.dtype}"
+        raise ValueError(f"sample: logits {shapes}: float32 [R, V] and float64 [R, {COLUMNS}] are wanted")

@@ -197,6 +197,16 @@ def _attended(
     return out_THV
 
 
+def sample(logits_RV: Tensor, choices_R5: Tensor) -> Tensor:
+    """See `reference.sample`. What is not a number is never chosen."""
+    checks.sample(logits_RV, choices_R5)
+    logits_RV, choices_R5 = rows_of(logits_RV), choices_R5.contiguous()
+    rows, width = logits_RV.shape
+    out_R = result((rows,), torch.int64)
+    native_library().sample(logits_RV.data_ptr(), logits_RV.stride(0), width, choices_R5.data_ptr(), out_R.data_ptr(), rows)
+    return out_R
+
+
 def _tokens_and_width(x: Tensor) -> tuple[int, int]:
     return len(x), x[0].numel() if len(x) else 0
 

@@ -20,6 +20,7 @@ from lineshaft.ops.fp8 import unpack_fp8
 from lineshaft.ops.integers import integers, rounded
 from lineshaft.ops.packing import Shape, unpack
 from lineshaft.ops.reach import Reach, Span, Window
+from lineshaft.ops.sampling import chosen
 
 QUERIES = 192
 """Neighbouring queries that go over the same keys together, where they see many; a third of it where they see few.
@@ -81,10 +82,9 @@ def rms_norm(x_TI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
 
 
 def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
-    """Rotate pairs of channels by the angle of their position (Su et al. 2021, section 3.4.2).
+    """Rotate pairs of channels by the angle of their position (Su et al. 2021, section 3.4.2). The layout stays.
 
     cos_TR, sin_TR: float32 [T, D/2]. Pairs are (2i, 2i+1) when interleaved (DeepSeek), else (i, i + D/2) (Llama).
-    The output keeps the layout of the input.
     """
     x = x_THD.float()
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
@@ -349,6 +349,11 @@ def in_tiles(q_THD: Tensor, k_SKD: Tensor, v_SKV: Tensor, spans: list[Span], fir
         k, v = _cut(k_SKD, spans, near), _cut(v_SKV, spans, near)
         outs.append(_folded(q_THD[start - first : stop - first], k, v, _mask(reach, start, stop, shared, q_THD), scale))
     return torch.cat(outs)
+
+
+def sample(logits_RV: Tensor, choices_R5: Tensor) -> Tensor:
+    """int64 [R]: a token for each row of float32 logits, by its row of float64 choices (see `sampling.COLUMNS`)."""
+    return torch.stack([chosen(logits_V, *choice) for logits_V, choice in zip(logits_RV, choices_R5.tolist(), strict=True)])
 
 
 def _mask(reach: Reach, start: int, stop: int, shared: int, like: Tensor) -> Tensor | None:

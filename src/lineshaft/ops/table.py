@@ -55,6 +55,7 @@ REFERENCE: Mapping[str, Kernel] = {
     "paged_attention": reference.paged_attention,
     "write_codes": reference.write_codes,
     "coded_attention": reference.coded_attention,
+    "sample": reference.sample,
 }
 """Right on every device."""
 
@@ -98,6 +99,7 @@ NATIVE: Mapping[str, Kernel] = {
     "paged_attention": native.paged_attention,
     "write_codes": native.write_codes,
     "coded_attention": native.coded_attention,
+    "sample": native.sample,
 }
 """Of the library in native/, laid over STEADY where it is built: as steady, and fast. They keep no gradients."""
 
@@ -307,3 +309,8 @@ def route(logits: Tensor, bias: Tensor | None, rule: Rule) -> tuple[Tensor, Tens
 def experts(x: Tensor, weight: Tensor, expert: Tensor, feeds: Feeds) -> Tensor:
     """See `reference.experts`."""
     return kernel("experts", x)(x, weight, expert, feeds)
+
+
+def sample(logits: Tensor, choices: Tensor) -> Tensor:
+    """See `reference.sample`."""
+    return kernel("sample", logits)(logits, choices)
