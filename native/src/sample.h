@@ -134,9 +134,9 @@ inline int64_t at_share(double luck, int64_t width, const Tray& tray) {
 
 inline int64_t chosen_of(const float* logits, int64_t width, const Choice& choice, Tray& tray) {
     const float top = largest_of(logits, width);
+    if (top == -INFINITY) return -1;
     if (choice.temperature == 0 || !std::isfinite(top)) {
-        const float* found = std::find(logits, logits + width, top);
-        return found == logits + width ? 0 : found - logits;
+        return std::find(logits, logits + width, top) - logits;
     }
     measure(logits, width, top, float(std::max(choice.temperature, double(kColdest))), tray);
     Border border{INFINITY, width};

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lineshaft.base.errors import ModelError
 from lineshaft.engine.sampler import Sampler
 from lineshaft.ops import isa
 from lineshaft.ops.sampling import truncated
@@ -58,3 +59,11 @@ def test_with_and_without_native_kernels_a_seed_chooses_the_same_tokens(monkeypa
     monkeypatch.setattr(isa, "_tried", True)
     assert Sampler()(values, requests)[0] == found
     assert len(set(found)) > 10
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_not_numbers_are_told_and_not_answered(temperature: float) -> None:
+    request, nan = Request(1, 1, Sampling(temperature=temperature), frozenset(), [0]), float("nan")
+    assert Sampler()(torch.tensor([[nan, 1.0, -50.0]]), [request])[0] == [1]
+    with pytest.raises(ModelError, match="logits are not numbers"):
+        Sampler()(torch.full((1, 20), nan), [request])

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineshaft.engine.penalties import alter, wanted
+from lineshaft.base.errors import ModelError
+from lineshaft.engine.penalties import Logits, alter, wanted
 from lineshaft.ops import table as ops
 from lineshaft.sched.request import Request, Score
 
@@ -20,7 +21,7 @@ class Sampler:
 
     def __call__(self, logits_RV: Tensor, requests: list[Request]) -> tuple[list[int], list[Score | None] | None]:
         """A token for each row of float32 logits, and scores where a request wants them (None when none does)."""
-        tokens = self._tokens(logits_RV, requests)
+        tokens = self._tokens(logits_RV, requests) if requests else []
         if all(request.sampling.logprobs is None for request in requests):
             return tokens, None
         return tokens, [self._score(logits_RV[row], tokens[row], request) for row, request in enumerate(requests)]
@@ -32,14 +33,25 @@ class Sampler:
     def _tokens(self, logits_RV: Tensor, requests: list[Request]) -> list[int]:
         logits = logits_RV.numpy()
         altered = [(row, *alter(logits[row], request)) for row, request in enumerate(requests) if wanted(request.sampling)]
-        if all(request.sampling.temperature == 0 for request in requests):
-            tokens: list[int] = logits.argmax(-1).tolist()
-        else:
-            choices = [self._choice(request) for request in requests]
-            with ops.steady():
-                tokens = ops.sample(logits_RV, torch.tensor(choices, dtype=torch.float64)).tolist()
+        tokens = self._greatest(logits, requests) or self._drawn(logits_RV, requests)
         for row, ids, before in altered:  # scores are of what the model said
             logits[row][ids] = before
+        if min(tokens) < 0:
+            raise ModelError("the model's logits are not numbers: its weights are broken, or too large for their dtype")
+        return tokens
+
+    @staticmethod
+    def _greatest(logits_RV: Logits, requests: list[Request]) -> list[int] | None:
+        """Where all take the greatest, and it is a number."""
+        if any(request.sampling.temperature for request in requests):
+            return None
+        tokens = logits_RV.argmax(-1)
+        return None if np.isnan(logits_RV[np.arange(len(tokens)), tokens]).any() else tokens.tolist()
+
+    def _drawn(self, logits_RV: Tensor, requests: list[Request]) -> list[int]:
+        choices = torch.tensor([self._choice(request) for request in requests], dtype=torch.float64)
+        with ops.steady():
+            tokens: list[int] = ops.sample(logits_RV, choices).tolist()
         return tokens
 
     def _choice(self, request: Request) -> tuple[float, int, float, float, float]:

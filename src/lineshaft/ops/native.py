@@ -198,7 +198,7 @@ def _attended(
 
 
 def sample(logits_RV: Tensor, choices_R5: Tensor) -> Tensor:
-    """See `reference.sample`. What is not a number is never chosen."""
+    """See `reference.sample`."""
     checks.sample(logits_RV, choices_R5)
     logits_RV, choices_R5 = rows_of(logits_RV), choices_R5.contiguous()
     rows, width = logits_RV.shape

@@ -33,8 +33,12 @@ def truncated(logits_V: Tensor, temperature: float, top_k: int, top_p: float, mi
 
 def chosen(logits_V: Tensor, temperature: float, top_k: float, top_p: float, min_p: float, luck: float) -> Tensor:
     """The token, int64 []: with the chances laid end to end in the order of ids, the one that has the place `luck` of their length
-    (inversion sampling). Of equal greatest logits the first."""
-    if temperature == 0:
+    (inversion sampling). Of equal greatest logits the first. What is not a number is never chosen; -1 where nothing else is there."""
+    logits_V = torch.where(logits_V.isnan(), -torch.inf, logits_V)
+    top = logits_V.max()
+    if top == -torch.inf:
+        return torch.tensor(-1)
+    if temperature == 0 or top == torch.inf:
         return logits_V.argmax()
     ends_V = truncated(logits_V, temperature, int(top_k), top_p, min_p).double().cumsum(0)
     return torch.searchsorted(ends_V, ends_V[-1] * luck, right=True)
