@@ -21,7 +21,7 @@ def ops_used(config: ModelConfig, fmt: str, task: Literal["serve", "train"], nat
     if task == "train":
         found |= {"rows_gqa", "reach_gqa", *(["join"] if latent else [])} | ({"attention"} if indexer else set())
         return sorted(found)
-    found |= {"write_codes" if pages8 else "write_pages", *([coded] if coded else []), *(["by_head"] if latent else [])}
+    found |= {"sample", "write_codes" if pages8 else "write_pages", *([coded] if coded else []), *(["by_head"] if latent else [])}
     if native:
         found = _by_native_kernels(config, found)
     paged = "coded_attention" if pages8 else "paged_attention"
