@@ -113,7 +113,7 @@ struct Experts {
 struct Choice {
     double temperature, top_k, top_p, min_p, luck;
 };
-constexpr float kColdest = 1e-30f;  // lower temperatures count as this one
+constexpr double kColdest = 1e-30, kHottest = 1e30;  // temperatures below and above count as these
 
 struct Sample {
     const float* logits;        // [rows, width]

@@ -98,7 +98,7 @@ inline Border reaching(double share, Border within, int64_t width, Tray& tray) {
     open_bucket(bucket, width, tray);
     Border border{-1, -1};
     for (const Token& token : tray.tokens) {
-        if (token.distance > within.distance || before >= share * whole) break;
+        if (token.distance > within.distance || (before > 0 && before >= share * whole)) break;  // the likeliest is always kept
         border = {token.distance, token.id};
         before += tray.chances[token.id];
     }
@@ -116,18 +116,16 @@ inline int64_t at_share(double luck, int64_t width, const Tray& tray) {
     sums.clear();
     double whole = 0;
     for (int64_t first = 0; first < width; first += kBlock) whole += sums.emplace_back(sum_of(first));
+    size_t last = sums.size() - 1;  // with a chance in it: rounding must not carry the search beyond
+    while (last > 0 && sums[last] <= 0) last--;
     double left = luck * whole;
+    size_t block = 0;
+    for (; block < last && sums[block] <= left; block++) left -= sums[block];
     int64_t found = 0;
-    for (size_t block = 0; block < sums.size(); block++) {
-        if (sums[block] <= left && block + 1 < sums.size()) {
-            left -= sums[block];
-            continue;
-        }
-        for (int64_t i = int64_t(block) * kBlock; i < std::min(int64_t(block + 1) * kBlock, width); i++) {
-            if (tray.chances[i] <= 0) continue;
-            found = i;
-            if ((left -= tray.chances[i]) < 0) return found;
-        }
+    for (int64_t i = int64_t(block) * kBlock; i < std::min(int64_t(block + 1) * kBlock, width); i++) {
+        if (tray.chances[i] <= 0) continue;
+        found = i;
+        if ((left -= tray.chances[i]) < 0) break;
     }
     return found;
 }
@@ -138,7 +136,7 @@ inline int64_t chosen_of(const float* logits, int64_t width, const Choice& choic
     if (choice.temperature == 0 || !std::isfinite(top)) {
         return std::find(logits, logits + width, top) - logits;
     }
-    measure(logits, width, top, float(std::max(choice.temperature, double(kColdest))), tray);
+    measure(logits, width, top, float(std::clamp(choice.temperature, kColdest, kHottest)), tray);
     Border border{INFINITY, width};
     const bool some = choice.top_k > 0 && choice.top_k < double(width);
     if (some || choice.top_p < 1) fill_buckets(width, tray);

@@ -22,12 +22,11 @@ class Watched(World):
 
     def __init__(self, pages: int, reaches: Sequence[Reach], **limits: object) -> None:
         super().__init__(pages, PAGE, reaches, **limits)
-        self.buffers = StepBuffers(len(self.pools), PAGE, 4)
-        self.grown = 0
+        self.buffers = StepBuffers(len(self.pools), PAGE, 4, 5)
 
     def _check_plan(self, plan: Plan) -> None:
         super()._check_plan(plan)
-        self.grown += self.buffers.fill(plan)
+        self.buffers.fill(plan)
         tokens = [(chunk.request.tokens[place], place) for chunk in plan.chunks for place in range(chunk.first, chunk.last)]
         assert list(zip(self.buffers.tokens_T.tolist(), self.buffers.positions_T.tolist(), strict=True))[: plan.tokens] == tokens
         assert (self.buffers.tokens, self.buffers.rows) == (plan.tokens, len(plan.sampling))
@@ -60,7 +59,6 @@ ASKS = st.tuples(
 """Prompt, tokens to make, priority, copies, task, and the steps before the next one comes."""
 
 
-
 @given(st.lists(ASKS, min_size=1, max_size=12), st.integers(16, 40), st.lists(st.sampled_from(REACHES), min_size=1, max_size=2))
 def test_buffers_hold_each_plan_after_any_others(asks: list[Asked], pages: int, reaches: list[Reach]) -> None:
     world = Watched(pages, reaches, start_batch=3, max_batch=5, step_tokens=9)
@@ -83,13 +81,14 @@ def next_of(requests: Sequence[Request]) -> Plan:
 
 
 def test_a_request_that_was_written_over_is_laid_out_again() -> None:
-    buffers, one, two, wide = StepBuffers(1, PAGE, 4), holding([11]), holding([21, 22]), holding([31, 32, 33])
+    buffers, one, two, wide = StepBuffers(1, PAGE, 4, 50), holding([11]), holding([21, 22]), holding([31, 32, 33])
     for requests, wanted in (([one, two], [11, 21, 22]), ([wide], [31, 32, 33]), ([one, two], [11, 21, 22])):
         buffers.fill(next_of(requests))
         assert buffers.groups[0].tables[: len(wanted)].tolist() == wanted
 
 
 def test_buffers_grow_once_for_as_much_again() -> None:
-    buffers, requests = StepBuffers(1, PAGE, 4), [holding([number]) for number in range(40)]
+    buffers, requests = StepBuffers(1, PAGE, 4, 50), [holding([number]) for number in range(40)]
     assert [buffers.fill(next_of(requests[:count])) for count in (4, 16, 17, 20, 40)] == [False, True, True, False, True]
     assert buffers.rows_R[:40].tolist() == list(range(40))
+    assert buffers.most_rows == 50

@@ -19,7 +19,7 @@ from lineshaft.engine.loop import Engine
 from lineshaft.model.decoder import Decoder
 from lineshaft.sched.admission import SchedulerConfig
 from lineshaft.sched.load import Load
-from lineshaft.sched.request import Ask, Emitted, Sampling
+from lineshaft.sched.request import Ask, Emitted, Refused, Sampling
 
 Forward = Callable[[Decoder, list[int]], torch.Tensor]
 Tiny = Callable[..., Decoder]
@@ -226,3 +226,29 @@ def test_bfloat16_runs_and_stays_near_float32(model: Decoder, forward: Forward) 
         logits = forward(model, [*prompt, *answer])[len(prompt) - 1 : -1]
         behind = logits.max(-1).values - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
         assert behind.max() < 0.15 * logits.std() + 1.0
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"seed": 1, "logprobs": 2}])
+def test_a_text_that_the_model_has_no_numbers_for_ends_alone(tiny: Tiny, how: dict[str, object]) -> None:
+    """One word's embedding is broken: who says it is told so, and nobody else notices."""
+    sampling = Sampling.model_validate({"max_tokens": 6, "logit_bias": {5: -100.0}, **how})
+    broken = tiny("llama")
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[5] = float("nan")
+    engine, events = engine_of(broken), []
+    for prompt in ([1, 2, 3], [4, 5, 6], [7, 8]):
+        engine.submit(Ask(prompt, sampling))
+    while not engine.idle:
+        events += engine.step()
+        engine.scheduler.check()
+    assert all_free(engine)
+    assert not engine.sampler._generators
+    (refused,) = [event for event in events if isinstance(event, Refused)]
+    assert (refused.request, refused.error) == (2, "ModelError")
+    assert "logits are not numbers" in refused.message
+    for number, prompt in ((1, [1, 2, 3]), (3, [7, 8])):
+        alone = engine_of(broken)
+        alone.submit(Ask(prompt, sampling))
+        wanted = drain(alone)[1]
+        assert [event.token for event in events if isinstance(event, Emitted) and event.request == number] == wanted
+    assert not any(isinstance(event, Emitted) and event.request == 2 for event in events)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lineshaft.base.errors import BadCheckpoint, RequestError, TooLong
+from lineshaft.base.errors import BadCheckpoint, ModelError, RequestError, TooLong
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.llm import LLM
 from lineshaft.model.checkpoint import save_checkpoint
@@ -84,3 +84,16 @@ def test_a_dtype_may_be_asked_for(folder: Path) -> None:
 def test_a_folder_without_a_model_is_told(tmp_path: Path) -> None:
     with pytest.raises(BadCheckpoint):
         LLM(tmp_path)
+
+
+def test_a_model_without_numbers_is_told_and_the_next_call_is_answered(folder: Path) -> None:
+    llm = LLM(folder, EngineConfig())
+    weight = llm.engine.model.model.embed_tokens.weight
+    whole = weight[3].clone()
+    with torch.inference_mode():
+        weight[3] = float("nan")
+        with pytest.raises(ModelError, match="logits are not numbers"):
+            llm.generate([[2, 3], [4]], GREEDY)
+        weight[3] = whole
+    assert llm.engine.idle
+    assert len(llm.generate([[4]], GREEDY)[0].token_ids) == 8

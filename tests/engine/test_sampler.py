@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from lineshaft.base.errors import ModelError
 from lineshaft.engine.sampler import Sampler
 from lineshaft.ops import isa
 from lineshaft.ops.sampling import truncated
@@ -51,6 +50,7 @@ def test_penalties_choose_the_token_and_scores_tell_what_the_model_said(temperat
     assert all(score is not None and score.top[0][0] == 0 for score in scores)
 
 
+@pytest.mark.skipif(isa.library() is None, reason="no native kernels here")
 def test_with_and_without_native_kernels_a_seed_chooses_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(40, 50, generator=torch.Generator().manual_seed(1))
     requests = [Request(number, 1, Sampling(temperature=0.9, top_p=0.8, top_k=30, seed=number), frozenset(), [0]) for number in range(40)]
@@ -62,8 +62,15 @@ def test_with_and_without_native_kernels_a_seed_chooses_the_same_tokens(monkeypa
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_logits_that_are_not_numbers_are_told_and_not_answered(temperature: float) -> None:
-    request, nan = Request(1, 1, Sampling(temperature=temperature), frozenset(), [0]), float("nan")
-    assert Sampler()(torch.tensor([[nan, 1.0, -50.0]]), [request])[0] == [1]
-    with pytest.raises(ModelError, match="logits are not numbers"):
-        Sampler()(torch.full((1, 20), nan), [request])
+@pytest.mark.parametrize("company", [False, True])
+def test_where_no_logit_is_a_number_there_is_no_token_in_any_company(temperature: float, company: bool) -> None:
+    nan, infinite = float("nan"), float("inf")
+    rows = [[nan, 1.0, -50.0], [nan] * 3, [-infinite] * 3, *([[1.0, 0.0, 0.0]] if company else [])]
+    settings = [Sampling(temperature=temperature)] * 3 + [Sampling(temperature=0.7)] * company
+    requests = [Request(number, 1, sampling, frozenset(), [0]) for number, sampling in enumerate(settings)]
+    assert Sampler()(torch.tensor(rows), requests)[0][:3] == [1, -1, -1]
+
+
+def test_any_top_k_is_taken() -> None:
+    request = Request(1, 1, Sampling(temperature=1.0, top_k=10**400), frozenset(), [0])
+    assert Sampler()(torch.tensor([[1.0, 2.0]]), [request])[0][0] in (0, 1)

@@ -95,6 +95,7 @@ def kept(kernel: str, values: list[float], rule: Rule, draws: int = 256) -> set[
         *(([0.0, 2.0, 1.0], (1.0, 0, top_p, 0.0), {1}) for top_p in (1e-300, 1e-46, 5e-324)),
         ([0.0, 2.0, 1.0], (1.0, 0, 1.0, 1.0), {1}),
         ([5.0, -5.0], (1e300, 0, 1.0, 0.0), {0, 1}),
+        ([1.0, -float("inf"), 0.0], (1e300, 0, 1.0, 0.0), {0, 2}),
         ([-float("inf"), 1.0, -float("inf"), 0.0], (1.0, 0, 1.0, 0.0), {1, 3}),
         ([-float("inf"), 1.0, -float("inf"), 0.0], (1.0, 1, 0.9, 0.0), {1}),
     ],
@@ -128,6 +129,26 @@ def test_a_real_vocabulary_is_chosen_from_as_by_the_reference(isa: str, rule: Ru
     starts = torch.cat([torch.zeros(1, dtype=torch.float64), ends])[tokens]
     assert (places > starts - 1e-5).all()
     assert (places < ends[tokens] + 1e-5).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_luck_next_to_one_finds_a_token_that_is_not_excluded(kernel: str) -> None:
+    """Chances are added up in pieces: what rounding leaves over must not end behind the last of them, or at none."""
+    logits = torch.randn(200, 2000, generator=torch.Generator().manual_seed(5))
+    logits[:, 0] = logits[:, 1000:] = -1e9
+    table = torch.tensor([[1.0, 0, 1.0, 0.0, 1 - place * 2.0**-53] for place in (1, 2, 3, 4)] * 50, dtype=torch.float64)
+    if kernel == "reference":
+        tokens = reference.sample(logits, table)
+    else:
+        with on(kernel):
+            tokens = native.sample(logits, table)
+    assert ((tokens > 900) & (tokens < 1000)).all()
+
+
+@NEEDS_NATIVE
+@each_isa
+def test_no_share_at_all_is_that_of_the_likeliest(isa: str) -> None:
+    assert kept(isa, [0.0, 2.0, 1.0], (1.0, 0, 0.0, 0.0)) == kept("reference", [0.0, 2.0, 1.0], (1.0, 0, 0.0, 0.0)) == {1}
 
 
 @NEEDS_NATIVE

@@ -58,12 +58,12 @@ class GroupBuffers:
 class StepBuffers:
     """Of a whole step: tokens, their positions, where every group's keys are, and which rows get logits."""
 
-    def __init__(self, groups: int, page_tokens: int, tokens: int) -> None:
-        """`tokens`: of the largest step that is expected."""
-        self.page_tokens, self._count = page_tokens, groups
+    def __init__(self, groups: int, page_tokens: int, tokens: int, requests: int) -> None:
+        """`tokens`: of the largest step that is expected; `requests`: most of one plan."""
+        self.page_tokens, self._count, self._requests = page_tokens, groups, requests
         self.tokens = self.rows = 0
         """Of the plan that was laid out last: tokens, and rows that get logits."""
-        self._reserve(tokens, 16, 1024)
+        self._reserve(tokens, min(16, requests), 1024)
 
     def _reserve(self, tokens: int, chunks: int, pages: int) -> None:
         self.capacity, self.most_rows, self._pages = tokens, chunks, pages
@@ -94,7 +94,8 @@ class StepBuffers:
         if self.tokens <= self.capacity and len(chunks) <= self.most_rows and pages <= self._pages:
             return False
         wanted = ((self.capacity, self.tokens), (self.most_rows, len(chunks)), (self._pages, pages))
-        self._reserve(*(have if need <= have else 2 * need for have, need in wanted))
+        tokens, rows, places = (have if need <= have else 2 * need for have, need in wanted)
+        self._reserve(tokens, min(rows, self._requests), places)  # each row holds as many logits as there are words
         return True
 
 

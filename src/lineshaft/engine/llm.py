@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lineshaft.base.errors import ModelError
 from lineshaft.base.terminal import bar
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
-from lineshaft.sched.request import Ask, Emitted, Event, Finish, Pooled, Sampling, Score
+from lineshaft.sched.request import Ask, Emitted, Event, Finish, Pooled, Refused, Sampling, Score
 from lineshaft.text.tokenizer import Tokenizer
 
 Prompt = str | list[int]
@@ -43,7 +44,8 @@ class LLM:
         """Answer every prompt (text, or token ids as they are); answers in the order of the prompts.
 
         Text is preceded by the tokenizer's bos token, as in training. All prompts run together; more than the queue
-        holds are fed in as room comes. A prompt that is refused (see Engine.submit) refuses them all.
+        holds are fed in as room comes. A prompt that is refused (see Engine.submit) refuses them all; so does one for which the model
+        gives no numbers (ModelError).
         """
         answers: list[list[Emitted]] = [[] for _ in prompts]
         for index, event in self._run("generate", [Ask(self._ids(prompt), sampling or Sampling()) for prompt in prompts]):
@@ -69,6 +71,8 @@ class LLM:
                         index, ask = pending.pop()
                         place[self.engine.submit(ask)[0]] = index
                     for event in self.engine.step():
+                        if isinstance(event, Refused):
+                            raise ModelError(event.message)
                         progress.advance(isinstance(event, Pooled) or (isinstance(event, Emitted) and event.finish is not None))
                         yield place[event.request], event
         finally:

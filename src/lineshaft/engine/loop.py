@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lineshaft.base.errors import RequestError, TooLong
+from lineshaft.base.errors import ModelError, RequestError, TooLong
 from lineshaft.engine.activations import rounding
 from lineshaft.engine.cache import PagedCache
 from lineshaft.engine.cache_dtype import cache_dtype
@@ -31,8 +31,10 @@ from lineshaft.model.checkpoint import load_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.sched.load import Load
 from lineshaft.sched.pages import PagePool
-from lineshaft.sched.request import Ask, Event, Request, Started
+from lineshaft.sched.request import Ask, Emitted, Event, Refused, Request, Started
 from lineshaft.sched.scheduler import Scheduler
+
+BROKEN = "the model's logits are not numbers: its weights are broken, or too large for their dtype"
 
 
 class Engine:
@@ -50,7 +52,8 @@ class Engine:
         self._more_cache = "; a larger cache_bytes would allow more" if pool.context_tokens < context_of(model.config, config) else ""
         cache = PagedCache(model.config, pool.pages, config.page_tokens, cache_dtype(model.config, config, dtype))
         self.scheduler = Scheduler(config.scheduler, cache.groups, [PagePool(pages) for pages in pool.pages], config.page_tokens)
-        self.runner = Runner(model, cache, config.batch_invariant, config.scheduler.step_tokens)
+        limits = config.scheduler
+        self.runner = Runner(model, cache, config.batch_invariant, limits.step_tokens, limits.max_batch)
         self.sampler, self.readings = Sampler(), Readings()
         self._numbers = count(1)
         self._last = Load()
@@ -102,10 +105,7 @@ class Engine:
         hidden_TI, logits_RV = self.runner.run(plan)
         read = self.readings.take(plan, hidden_TI, self.runner)
         tokens, scores = self.sampler(logits_RV, plan.sampling)
-        emitted = self.scheduler.commit(plan, tokens, scores)
-        for token in emitted:
-            if token.finish is not None:
-                self._forget(token.request)
+        emitted = [self._told(token) for token in self.scheduler.commit(plan, tokens, scores)]
         busy = self._last.busy_seconds + self._clock() - began
         self._last = Load(step_tokens=plan.tokens, step_requests=len(plan.chunks), step_began=began, busy_seconds=busy)
         return [*(Started(request.number, cached) for request, cached in plan.started), *read, *emitted]
@@ -120,6 +120,15 @@ class Engine:
         last = self._last
         step = {"step_tokens": last.step_tokens, "step_requests": last.step_requests}
         return replace(self.scheduler.load_now(), step_began=last.step_began, busy_seconds=last.busy_seconds, **step)
+
+    def _told(self, token: Emitted) -> Emitted | Refused:
+        """What the request is told. It ends where no logit was a number (sampler.py): no other request hangs on it."""
+        if token.token < 0:
+            self.cancel(token.request)
+            return Refused(token.request, ModelError.__name__, BROKEN)
+        if token.finish is not None:
+            self._forget(token.request)
+        return token
 
     def _forget(self, number: int) -> None:
         self.sampler.forget(number)

@@ -19,15 +19,18 @@ from lineshaft.sched.plan import Plan
 class NativeStep:
     """Runs plans. Where an operation of PyTorch stands between the kernels, op by op; `obstacle` names it then."""
 
-    def __init__(self, model: Decoder, cache: PagedCache, step_tokens: int) -> None:
+    def __init__(self, model: Decoder, cache: PagedCache, step_tokens: int, requests: int) -> None:
+        """`step_tokens`, `requests`: most of one plan; a larger step makes it grow."""
         self.model, self.cache = model, cache
-        self._buffers = StepBuffers(len(cache.groups), cache.page_tokens, step_tokens)
+        self._buffers = StepBuffers(len(cache.groups), cache.page_tokens, step_tokens, requests)
         self.obstacle: str | None = None
         self._recorded = self._record()
 
     def run(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """See Runner.run."""
-        if self._buffers.fill(plan) and self._recorded is not None:
+        if self._buffers.fill(plan):
+            self._recorded = None  # it knows places that are gone, and its memory can go first
+        if self._recorded is None and self.obstacle is None:
             self._recorded = self._record()
         tokens, rows = self._buffers.tokens, self._buffers.rows
         if (recorded := self._recorded) is None:

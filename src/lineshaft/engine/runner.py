@@ -21,11 +21,11 @@ from lineshaft.sched.plan import Plan
 class Runner:
     """Model and cache; no memory of requests. `steady`: each request's numbers are the same bits in any company."""
 
-    def __init__(self, model: Decoder, cache: PagedCache, steady: bool = True, step_tokens: int = 64) -> None:
+    def __init__(self, model: Decoder, cache: PagedCache, steady: bool = True, step_tokens: int = 64, requests: int = 16) -> None:
         self.model, self.cache, self.steady = model, cache, steady
         self.native: NativeStep | None = None
         if steady and obstacle(model.config) is None:
-            self.native = NativeStep(model, cache, step_tokens)
+            self.native = NativeStep(model, cache, step_tokens, requests)
         assert self.native is not None or not cache.coded  # see cache_dtype
 
     def run(self, plan: Plan) -> tuple[Tensor, Tensor]:

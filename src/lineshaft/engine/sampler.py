@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lineshaft.base.errors import ModelError
 from lineshaft.engine.penalties import Logits, alter, wanted
 from lineshaft.ops import table as ops
 from lineshaft.sched.request import Request, Score
@@ -20,7 +19,7 @@ class Sampler:
         self._generators: dict[int, np.random.Generator] = {}
 
     def __call__(self, logits_RV: Tensor, requests: list[Request]) -> tuple[list[int], list[Score | None] | None]:
-        """A token for each row of float32 logits, and scores where a request wants them (None when none does)."""
+        """A token for each row of float32 logits, -1 where none is a number; and scores where a request wants them (None: none does)."""
         tokens = self._tokens(logits_RV, requests) if requests else []
         if all(request.sampling.logprobs is None for request in requests):
             return tokens, None
@@ -36,8 +35,6 @@ class Sampler:
         tokens = self._greatest(logits, requests) or self._drawn(logits_RV, requests)
         for row, ids, before in altered:  # scores are of what the model said
             logits[row][ids] = before
-        if min(tokens) < 0:
-            raise ModelError("the model's logits are not numbers: its weights are broken, or too large for their dtype")
         return tokens
 
     @staticmethod
@@ -46,19 +43,20 @@ class Sampler:
         if any(request.sampling.temperature for request in requests):
             return None
         tokens = logits_RV.argmax(-1)
-        return None if np.isnan(logits_RV[np.arange(len(tokens)), tokens]).any() else tokens.tolist()
+        found_R = logits_RV[np.arange(len(tokens)), tokens]
+        return tokens.tolist() if (found_R > -np.inf).all() else None
 
     def _drawn(self, logits_RV: Tensor, requests: list[Request]) -> list[int]:
-        choices = torch.tensor([self._choice(request) for request in requests], dtype=torch.float64)
+        choices = torch.tensor([self._choice(request, logits_RV.shape[1]) for request in requests], dtype=torch.float64)
         with ops.steady():
             tokens: list[int] = ops.sample(logits_RV, choices).tolist()
         return tokens
 
-    def _choice(self, request: Request) -> tuple[float, int, float, float, float]:
+    def _choice(self, request: Request, vocabulary: int) -> tuple[float, int, float, float, float]:
         """A row of choices (ops/sampling.py)."""
         sampling = request.sampling
         luck = self._generator(request).random() if sampling.temperature else 0.0
-        return sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, luck
+        return sampling.temperature, min(sampling.top_k, vocabulary), sampling.top_p, sampling.min_p, luck
 
     @staticmethod
     def _score(logits_V: Tensor, token: int, request: Request) -> Score | None:

@@ -19,11 +19,11 @@ import torch
 from pydantic import Field, PositiveInt
 
 from lineshaft.base.config import Config, load
-from lineshaft.base.errors import EngineError, LineshaftError
+from lineshaft.base.errors import EngineError, LineshaftError, ModelError
 from lineshaft.base.machine import peak_memory_bytes
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
-from lineshaft.sched.request import Ask, Emitted, Finish, Sampling
+from lineshaft.sched.request import Ask, Emitted, Finish, Refused, Sampling
 
 BATCH_REPEATS = 3
 """The batch is run this often and the median taken."""
@@ -147,6 +147,8 @@ def _written(engine: Engine, job: Job, parent: int) -> Iterator[Answer]:
         while not engine.idle:
             _check_parent(parent)
             for event in engine.step():
+                if isinstance(event, Refused):
+                    raise ModelError(event.message)
                 if isinstance(event, Emitted):
                     told[event.request].append(event)
         for events in told.values():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-COLDEST = 1e-30
-"""Lower temperatures count as this one: in float32 they would be zero, and what they choose is the same."""
+COLDEST, HOTTEST = 1e-30, 1e30
+"""Temperatures below and above count as these: in float32 they would be zero and infinite, and what they choose is the same."""
 COLUMNS = 5
 """Of a table of choices: temperature (0: the greatest logit), top-k (0: all), top-p, min-p, and luck, from 0 to below 1."""
 
@@ -16,7 +16,7 @@ def truncated(logits_V: Tensor, temperature: float, top_k: int, top_p: float, mi
 
     Tokens as likely as the last of the top k stay in. Equally likely tokens enter top-p in the order of their ids.
     """
-    logits_V = (logits_V - logits_V.max()) / max(temperature, COLDEST)  # from zero down: no temperature makes it overflow
+    logits_V = (logits_V - logits_V.max()) / min(max(temperature, COLDEST), HOTTEST)  # from zero down: no temperature makes it overflow
     if 0 < top_k < len(logits_V):
         floor = logits_V.topk(top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < floor, -torch.inf)

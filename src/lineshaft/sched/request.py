@@ -105,7 +105,8 @@ class Pooled(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """An engine in another process could not take the request in; it has ended. (One in this process raises instead.)"""
+    """An engine in another process could not take the request in (one in this process raises instead), or the model gave it no numbers to
+    choose a token by. It has ended."""
 
     request: int
     error: str
