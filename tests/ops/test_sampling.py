@@ -134,15 +134,15 @@ def test_a_real_vocabulary_is_chosen_from_as_by_the_reference(isa: str, rule: Ru
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_luck_next_to_one_finds_a_token_that_is_not_excluded(kernel: str) -> None:
     """Chances are added up in pieces: what rounding leaves over must not end behind the last of them, or at none."""
-    logits = torch.randn(200, 2000, generator=torch.Generator().manual_seed(5))
-    logits[:, 0] = logits[:, 1000:] = -1e9
-    table = torch.tensor([[1.0, 0, 1.0, 0.0, 1 - place * 2.0**-53] for place in (1, 2, 3, 4)] * 50, dtype=torch.float64)
+    logits = 4 * torch.randn(60, 32000, generator=torch.Generator().manual_seed(5))  # chances of so many sizes that sums are rounded
+    logits[:, 0] = logits[:, 16000:] = -1e9
+    table = torch.tensor([[1.0, 0, 1.0, 0.0, 1 - place * 2.0**-53] for place in (1, 2, 3)] * 20, dtype=torch.float64)
     if kernel == "reference":
         tokens = reference.sample(logits, table)
     else:
         with on(kernel):
             tokens = native.sample(logits, table)
-    assert ((tokens > 900) & (tokens < 1000)).all()
+    assert ((tokens > 0) & (tokens < 16000)).all()
 
 
 @NEEDS_NATIVE
