@@ -1,10 +1,11 @@
-"""Cold start: from exec of `lineshaft serve` to a green /ready and to the first token, weights read from disk and once more.
+"""Cold start: from exec of `lineshaft serve` to a green /ready and to the first token.
 
-    .venv/bin/python benchmarks/cold_start.py [--repeats 3] [--keep FOLDER]
+    .venv/bin/python benchmarks/cold_start.py [--repeats 3] [--keep FOLDER] [--int8]
 
 Two Llamas with random weights, half a billion parameters in bfloat16 and a tiny one, in a temporary folder (or in --keep, where
-they are found again). First start: the kernel is asked to forget the weights' pages. Second: they are still in memory. Beside it
-the floor: a Python that imports torch and ends.
+they are found again). First start: nothing is kept, and the kernel is asked to forget the weights' pages. Second: what the first one kept
+is used, and the weights are still in memory. Anew: still in memory, but nothing kept (engine.keep_start=false). Beside it the floor of
+a start anew: a Python that imports torch and ends. --int8: of the large one as `lineshaft compress` stores it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -71,11 +73,11 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
-def start(folder: Path) -> dict[str, float]:
-    """Seconds from exec until it listens, until /ready is green, until the first token; and what the engine's process told of itself."""
+def start(folder: Path, cache: Path, keep: bool) -> dict[str, float]:
+    """Seconds from exec until it listens, until /ready is green, until the first token. Waits for what it may keep."""
     began = time.monotonic()
-    command = [sys.executable, "-m", "lineshaft.cli.start", "serve", str(folder), "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+    command = [sys.executable, "-m", "lineshaft.cli.start", "serve", str(folder), "--port", "0", "--set", f"engine.keep_start={json.dumps(keep)}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"LINESHAFT_CACHE": str(cache)}) as server:
         assert server.stderr
         url = next(found[1] for line in server.stderr if (found := re.match(r"listening on (\S+)", line)))
         listening = time.monotonic() - began
@@ -89,11 +91,15 @@ def start(folder: Path) -> dict[str, float]:
             answer.readline()
             first = time.monotonic() - began
             answer.read()
+        while keep and not kept(cache):
+            time.sleep(0.1)
         server.terminate()
         told = server.stderr.read()
-    found = re.search(r"loaded in ([\d.]+) s, warm ([\d.]+) s later", told)
-    assert found, told
-    return {"listening": listening, "ready": ready, "token": first, "load": float(found[1]), "warm": float(found[2])}
+    return {"listening": listening, "ready": ready, "token": first, "kept": float("a start that was kept" in told)}
+
+
+def kept(cache: Path) -> list[Path]:
+    return list(cache.glob("starts/*/[!.]*/program.msgpack"))
 
 
 def green(url: str) -> bool:
@@ -111,34 +117,52 @@ def importing() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--int8", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         root = args.keep or Path(temporary)
         floor = statistics.median(importing() for _ in range(args.repeats))
-        about = machine()
         for name in SHAPES:
             write_model(root / name, name)
-            runs: dict[str, list[dict[str, float]]] = {"first": [], "second": []}
-            for _ in range(args.repeats):
-                forget(root / name)
-                for which in runs:
-                    runs[which].append(start(root / name))
-            shown = []
-            for which, found in runs.items():
-                middle = {key: statistics.median(run[key] for run in found) for key in found[0]}
-                spread = (max(run["ready"] for run in found) - min(run["ready"] for run in found)) / middle["ready"]
-                shown.append(
-                    f"{which} start ready {middle['ready']:.2f} s, first token {middle['token']:.2f} s "
-                    f"(listening {middle['listening']:.2f}, "
-                    f"load {middle['load']:.1f}, warm-up {middle['warm']:.1f}; spread {spread:.0%})"
-                )
-            print(
-                f"cold start {name}: {'; '.join(shown)}; importing torch alone {floor:.2f} s; torch {about['torch']}, "
-                f"Python {about['python']}, {about['cores']} cores, {about['processor']}"
-            )
+            folder = in_int8(root / name) if args.int8 and name == "0.5B" else root / name
+            print(told(folder.name, measured(folder, args.repeats, Path(temporary) / "cache"), floor), flush=True)
+
+
+def in_int8(folder: Path) -> Path:
+    made = folder.with_name(f"{folder.name}-int8")
+    if not made.exists():
+        subprocess.run([sys.executable, "-m", "lineshaft.cli.start", "compress", str(folder), "--step", "int8", "--output", str(made)], check=True)
+    return made
+
+
+def measured(folder: Path, repeats: int, cache: Path) -> dict[str, list[dict[str, float]]]:
+    runs: dict[str, list[dict[str, float]]] = {"first": [], "second": [], "anew": []}
+    for _ in range(repeats):
+        shutil.rmtree(cache, ignore_errors=True)
+        forget(folder)
+        for which, found in runs.items():
+            found.append(start(folder, cache, keep=which != "anew"))
+            assert found[-1]["kept"] == (which == "second"), which
+    return runs
+
+
+def told(name: str, runs: dict[str, list[dict[str, float]]], floor: float) -> str:
+    shown, middles, about = [], {}, machine()
+    for which, found in runs.items():
+        middles[which] = middle = {key: statistics.median(run[key] for run in found) for key in found[0]}
+        least, most = (limit(run["ready"] for run in found) for limit in (min, max))
+        shown.append(
+            f"{which} start ready {middle['ready']:.2f} s ({least:.2f} to {most:.2f}), first token {middle['token']:.2f} s, "
+            f"listening {middle['listening']:.2f} s"
+        )
+    return (
+        f"cold start {name}: {'; '.join(shown)}; second / first {middles['second']['ready'] / middles['first']['ready']:.2f}, second / anew "
+        f"{middles['second']['ready'] / middles['anew']['ready']:.2f}; importing torch alone {floor:.2f} s; torch {about['torch']}, "
+        f"Python {about['python']}, {about['cores']} cores, {about['processor']}"
+    )
 
 
 if __name__ == "__main__":

@@ -50,16 +50,13 @@ class Lineshaft:
         self._ask = lambda prompt, count: Ask(prompt, Sampling(max_tokens=count, temperature=0, ignore_eos=True))
         self._emitted = Emitted
         native = self.engine.runner.native
-        self._steps = native and native._recorded
         self.about = f"{describe()}; {native.told() if native else 'no recorded steps'}"
 
     def mode(self, recorded=True):
-        """Steps replayed, or op by op. There is no such switch in the product: the recording is taken out of the engine and put back."""
-        native = self.engine.runner.native
-        if native is not None:
-            if native._recorded is not None:
-                self._steps = native._recorded  # the newest: a longer batch records again
-            native._recorded = self._steps if recorded else None
+        """Steps replayed, or op by op. There is no such switch in the product: the program is taken out of the runner and put back."""
+        runner = self.engine.runner
+        if runner.native is not None:
+            runner._program = runner.native.program if recorded else None
 
     def generate(self, prompts, outputs):
         numbers = [self.engine.submit(self._ask(prompt, count))[0] for prompt, count in zip(prompts, outputs, strict=True)]

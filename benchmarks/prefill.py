@@ -60,8 +60,8 @@ def paged(model: Decoder, tokens: torch.Tensor, steady: bool = True) -> torch.Te
     pages = -(-len(tokens) // PAGE)
     cache = PagedCache(model.config, [pages], PAGE, model.model.embed_tokens.weight.dtype)
     request = Request(0, len(tokens), Sampling(max_tokens=1), frozenset(), tokens.tolist(), tables=[list(range(pages))])
-    runner = Runner(model, cache, steady)
-    return runner.run(Plan([Chunk(request, 0, len(tokens))]))[1]
+    runner = Runner(model, cache, steady, len(tokens), 1, len(tokens))
+    return torch.from_numpy(runner.run(Plan([Chunk(request, 0, len(tokens))])))
 
 
 def theirs(model: transformers.PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:

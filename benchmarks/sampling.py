@@ -23,6 +23,7 @@ from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogit
 from lineshaft.base.machine import machine
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
+from lineshaft.engine.runner import drawn
 from lineshaft.engine.sampler import Sampler
 from lineshaft.sched.request import Ask, Request, Sampling
 
@@ -67,9 +68,9 @@ def op(given: argparse.Namespace) -> None:
         logits = torch.randn(given.rows, vocabulary, generator=torch.Generator().manual_seed(0)) * 3
         for name, rule in RULES.items():
             requests = [Request(n, 1, Sampling.model_validate({**rule, "seed": n}), frozenset(), [0]) for n in range(given.rows)]
-            sampler, other = Sampler(), theirs(rule)
+            sampler, other = Sampler(drawn), theirs(rule)
             ways = {
-                "ours": lambda logits=logits, requests=requests, sampler=sampler: sampler(logits, requests),
+                "ours": lambda logits=logits, requests=requests, sampler=sampler: sampler(logits.numpy(), requests),
                 "transformers": lambda logits=logits, other=other: other(logits),
                 "floor": logits.sum,
             }

@@ -65,13 +65,12 @@ int threads() { return wanted_threads; }
 int Call::parts(int64_t tokens) const { return tokens * size <= kFew ? 1 : kPartsAThread * wanted_threads; }
 
 void Step::run(int64_t tokens, int64_t rows) const {
-    if (tokens <= 0) return;
-    const size_t count = rows > 0 ? calls_.size() : std::min(body_, calls_.size());
+    const size_t body = std::min(body_, calls_.size()), first = tokens > 0 ? 0 : body, count = rows > 0 ? calls_.size() : body;
     static std::vector<State> states;  // one step runs at a time: the engine's thread is the only caller
     if (states.size() < calls_.size()) states = std::vector<State>(calls_.size());
-    for (size_t i = 0; i < count; i++) states[i].clear(wanted_threads);
+    for (size_t i = first; i < count; i++) states[i].clear(wanted_threads);
     team::each(wanted_threads, [&](int thread, int) {
-        for (size_t i = 0; i < count; i++) take_parts(calls_[i], i < body_ ? tokens : rows, states[i], thread, streams_[i]);
+        for (size_t i = first; i < count; i++) take_parts(calls_[i], i < body_ ? tokens : rows, states[i], thread, streams_[i]);
     });
 }
 

@@ -33,6 +33,7 @@ struct Call {
 /// that the system holds up between parts holds up nobody. Who waits asks for the weights that it will need next.
 class Step {
   public:
+    /// Work on so many tokens, then on so many rows; without tokens, on rows alone of what was run last.
     void run(int64_t tokens, int64_t rows) const;
     size_t size() const { return calls_.size(); }
     void note(Call call);

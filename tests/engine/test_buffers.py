@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sched_world import World
@@ -22,7 +23,7 @@ class Watched(World):
 
     def __init__(self, pages: int, reaches: Sequence[Reach], **limits: object) -> None:
         super().__init__(pages, PAGE, reaches, **limits)
-        self.buffers = StepBuffers(len(self.pools), PAGE, 4, 5)
+        self.buffers = StepBuffers(len(self.pools), PAGE, 9, 5, 40)
 
     def _check_plan(self, plan: Plan) -> None:
         super()._check_plan(plan)
@@ -81,14 +82,17 @@ def next_of(requests: Sequence[Request]) -> Plan:
 
 
 def test_a_request_that_was_written_over_is_laid_out_again() -> None:
-    buffers, one, two, wide = StepBuffers(1, PAGE, 4, 50), holding([11]), holding([21, 22]), holding([31, 32, 33])
+    buffers, one, two, wide = StepBuffers(1, PAGE, 4, 50, 6), holding([11]), holding([21, 22]), holding([31, 32, 33])
     for requests, wanted in (([one, two], [11, 21, 22]), ([wide], [31, 32, 33]), ([one, two], [11, 21, 22])):
         buffers.fill(next_of(requests))
         assert buffers.groups[0].tables[: len(wanted)].tolist() == wanted
 
 
-def test_buffers_grow_once_for_as_much_again() -> None:
-    buffers, requests = StepBuffers(1, PAGE, 4, 50), [holding([number]) for number in range(40)]
-    assert [buffers.fill(next_of(requests[:count])) for count in (4, 16, 17, 20, 40)] == [False, True, True, False, True]
-    assert buffers.rows_R[:40].tolist() == list(range(40))
-    assert buffers.most_rows == 50
+def test_a_plan_larger_than_all_that_were_expected_is_refused() -> None:
+    buffers, requests = StepBuffers(1, PAGE, 4, 3, 6), [holding([number]) for number in range(5)]
+    buffers.fill(next_of(requests[:3]))
+    with pytest.raises(ValueError, match="4 tokens of 4 requests in buffers for 4 of 3"):
+        buffers.fill(next_of(requests[:4]))
+    with pytest.raises(ValueError, match="6 tokens of 1 requests in buffers for 4 of 3"):
+        buffers.fill(Plan([Chunk(holding([1, 2, 3]), 0, 6)]))
+    assert buffers.rows_R.tolist() == [0, 1, 2]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lineshaft.base.machine import resident_memory_bytes
-from lineshaft.engine import cache as module
-from lineshaft.engine.cache import PagedCache
+from lineshaft.engine import page_memory
+from lineshaft.engine.cache import PagedCache, page_bytes
 from lineshaft.model.decoder import Decoder
 
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs Linux")
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="need
 
 def made(tiny: Callable[..., Decoder], mebibytes: int) -> PagedCache:
     config = tiny("mistral").config
-    page = module.page_bytes(config, 16, torch.float32)
+    page = page_bytes(config, 16, torch.float32)
     return PagedCache(config, [(mebibytes << 20) // page], 16, torch.float32)
 
 
 def test_the_first_pages_are_given_and_keep_what_they_hold(tiny: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FIRST", 64 << 20)
+    monkeypatch.setattr(page_memory, "FIRST", 64 << 20)
     cache = made(tiny, 128)
     cache.parts[0][0][3] = 7.0
     before, niceness = resident_memory_bytes(), os.getpriority(os.PRIO_PROCESS, 0)
@@ -44,7 +44,7 @@ def test_a_system_that_forbids_another_priority_is_no_obstacle(tiny: Callable[..
 
     monkeypatch.setattr(os, "setpriority", refused)
     touched: list[int] = []
-    monkeypatch.setattr(module, "touch", lambda memory, size: touched.append(size))
+    monkeypatch.setattr(page_memory, "touch", lambda memory, size: touched.append(size))
     cache = made(tiny, 8)
     cache.get_ready().join()
     assert len(touched) == len(cache.parts) * len(cache.parts[0])

@@ -46,14 +46,14 @@ def test_bytes_are_told_as_they_are(tiny: Tiny, family: str, dtype: str) -> None
     model = wide(tiny, family).to(getattr(torch, dtype))
     config = INT8.model_copy(update={"page_tokens": 4, "cache_bytes": 90_000})
     engine, pool = Engine(model, config), pool_of(model.config, config, getattr(torch, dtype))
-    parts = [part for parts in engine.runner.cache.parts for part in parts]
+    parts = [part for parts in engine.cache.parts for part in parts]
     assert {part.dtype for part in parts} == {torch.uint8}
     assert (
         sum(part.nbytes for part in parts)
         == pool.size
         == serve_memory(Serving(model.config, Stored(dtype), config)).phases["running"]["cache pages"]
     )
-    assert engine.runner.cache.pages == pool.pages
+    assert engine.cache.pages == pool.pages
     a_token = 2 * 2 * 2 * 70 if family == "llama" else 2 * (112 + 4)  # layers, keys and values, heads, bytes
     assert page_bytes(model.config, 1, torch.int8) == a_token
     assert page_bytes(model.config, 4, torch.int8) * (sum(pool.pages) + len(pool.pages)) == pool.size * len(pool.pages)

@@ -201,7 +201,7 @@ def test_the_cache_takes_page_bytes_for_each_page(model: Decoder, dtype: torch.d
 
 def test_the_cache_is_no_larger_than_could_ever_be_used(tiny: Tiny) -> None:
     engine = Engine(tiny("qwen3"), EngineConfig(scheduler=SchedulerConfig(max_batch=3)))
-    assert engine.runner.cache.pages == [pool.pages for pool in engine.scheduler.pools] == [3 * 96 / 16]
+    assert engine.cache.pages == [pool.pages for pool in engine.scheduler.pools] == [3 * 96 / 16]
 
 
 def test_less_memory_than_one_page_is_refused(tiny: Tiny) -> None:
@@ -220,7 +220,7 @@ def test_bfloat16_runs_and_stays_near_float32(model: Decoder, forward: Forward) 
     prompts = prompts_of(4, longest=20)
     for prompt in prompts:
         engine.submit(Ask(prompt, Sampling(max_tokens=10, temperature=0)))
-    assert engine.runner.cache.dtype == torch.bfloat16
+    assert engine.cache.dtype == torch.bfloat16
     for number, answer in drain(engine).items():
         prompt = prompts[number - 1]
         logits = forward(model, [*prompt, *answer])[len(prompt) - 1 : -1]

@@ -77,7 +77,7 @@ def test_after_a_refused_prompt_the_next_call_is_undisturbed(folder: Path) -> No
 
 def test_a_dtype_may_be_asked_for(folder: Path) -> None:
     llm = LLM(folder, EngineConfig(dtype="bfloat16"))
-    assert llm.engine.runner.cache.dtype == torch.bfloat16
+    assert llm.engine.cache.dtype == torch.bfloat16
     assert len(llm.generate(["Shaft"], GREEDY)[0].token_ids) in range(1, 9)
 
 

@@ -61,7 +61,7 @@ def test_weights_and_cache_are_exactly_those_of_the_engine(model: Decoder) -> No
     engine = Engine(model, config)
     counted = serve_memory(Serving(model.config, Stored(), config)).phases["running"]
     assert counted["weights"] == sum(tensor.nbytes for tensor in model.state_dict().values())
-    assert counted["cache pages"] == sum(part.nbytes for parts in engine.runner.cache.parts for part in parts)
+    assert counted["cache pages"] == sum(part.nbytes for parts in engine.cache.parts for part in parts)
 
 
 def test_each_change_makes_it_smaller() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lineshaft.engine.runner import drawn
 from lineshaft.engine.sampler import Sampler
 from lineshaft.ops import isa
 from lineshaft.ops.sampling import truncated
@@ -15,8 +16,8 @@ from lineshaft.sched.request import Request, Sampling
 def test_tokens_come_as_often_as_their_probability_says() -> None:
     values = torch.tensor([0.0, 1.0, 2.0, -1.0])
     request = Request(1, 1, Sampling(temperature=0.8, top_k=3, seed=4), frozenset(), [0])
-    sampler, draws = Sampler(), 4000
-    seen = np.bincount([sampler(values[None], [request])[0][0] for _ in range(draws)], minlength=4) / draws
+    sampler, draws = Sampler(drawn), 4000
+    seen = np.bincount([sampler(values[None].numpy(), [request])[0][0] for _ in range(draws)], minlength=4) / draws
     chances = truncated(values, 0.8, 3, 1.0, 0.0).numpy()
     assert seen[3] == 0
     assert (np.abs(seen - chances) < 4 * np.sqrt(chances * (1 - chances) / draws) + 1e-9).all()
@@ -26,9 +27,9 @@ def test_a_seed_restarts_with_each_request_and_belongs_to_it_alone() -> None:
     values = torch.zeros(2, 50)
 
     def draws(seeds: list[int | None]) -> list[list[int]]:
-        sampler = Sampler()
+        sampler = Sampler(drawn)
         requests = [Request(number, 1, Sampling(seed=seed), frozenset(), [0]) for number, seed in enumerate(seeds)]
-        return [list(row) for row in zip(*(sampler(values[: len(seeds)], requests)[0] for _ in range(8)), strict=True)]
+        return [list(row) for row in zip(*(sampler(values[: len(seeds)].numpy(), requests)[0] for _ in range(8)), strict=True)]
 
     one, two = draws([3, -9])
     assert one == draws([3])[0]
@@ -42,7 +43,7 @@ def test_penalties_choose_the_token_and_scores_tell_what_the_model_said(temperat
     plain = Request(1, 1, Sampling(temperature=temperature, logprobs=1, top_k=1), frozenset(), [0])
     biased = Request(2, 1, plain.sampling.model_copy(update={"logit_bias": {0: -5.0}, "frequency_penalty": 1.0}), frozenset(), [0, 1])
     before = logits.clone()
-    tokens, scores = Sampler()(logits, [plain, biased])
+    tokens, scores = Sampler(drawn)(logits.numpy(), [plain, biased])
     assert tokens == [0, 1]
     assert torch.equal(logits, before)
     assert scores is not None
@@ -54,10 +55,10 @@ def test_penalties_choose_the_token_and_scores_tell_what_the_model_said(temperat
 def test_with_and_without_native_kernels_a_seed_chooses_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(40, 50, generator=torch.Generator().manual_seed(1))
     requests = [Request(number, 1, Sampling(temperature=0.9, top_p=0.8, top_k=30, seed=number), frozenset(), [0]) for number in range(40)]
-    found = Sampler()(values, requests)[0]
+    found = Sampler(drawn)(values.numpy(), requests)[0]
     monkeypatch.setattr(isa, "_library", None)
     monkeypatch.setattr(isa, "_tried", True)
-    assert Sampler()(values, requests)[0] == found
+    assert Sampler(drawn)(values.numpy(), requests)[0] == found
     assert len(set(found)) > 10
 
 
@@ -68,9 +69,9 @@ def test_where_no_logit_is_a_number_there_is_no_token_in_any_company(temperature
     rows = [[nan, 1.0, -50.0], [nan] * 3, [-infinite] * 3, *([[1.0, 0.0, 0.0]] if company else [])]
     settings = [Sampling(temperature=temperature)] * 3 + [Sampling(temperature=0.7)] * company
     requests = [Request(number, 1, sampling, frozenset(), [0]) for number, sampling in enumerate(settings)]
-    assert Sampler()(torch.tensor(rows), requests)[0][:3] == [1, -1, -1]
+    assert Sampler(drawn)(np.array(rows, np.float32), requests)[0][:3] == [1, -1, -1]
 
 
 def test_any_top_k_is_taken() -> None:
     request = Request(1, 1, Sampling(temperature=1.0, top_k=10**400), frozenset(), [0])
-    assert Sampler()(torch.tensor([[1.0, 2.0]]), [request])[0][0] in (0, 1)
+    assert Sampler(drawn)(np.array([[1.0, 2.0]], np.float32), [request])[0][0] in (0, 1)

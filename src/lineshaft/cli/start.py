@@ -11,7 +11,7 @@ def main() -> None:
     """Entry point."""
     if sys.argv[1:2] == ["serve"]:
         if len(sys.argv) > 2 and "--help" not in sys.argv:  # a checkpoint is named
-            spawn_ahead()  # it imports torch while this process imports the web server
+            spawn_ahead(sys.argv[2])  # it imports torch, or what a kept start needs, while this process imports the web server
         serve()
         return
     from lineshaft.cli import main as every  # seconds of imports, most of them torch: only for those who need them

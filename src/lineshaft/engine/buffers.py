@@ -1,33 +1,36 @@
 """What a plan looks like to the native kernels: flat buffers at fixed places, filled anew in every step.
 
-A recorded step (ops/recording.py) reads them where they were when it was recorded; they grow when a plan needs more, and
-then it is recorded again. Numbers go in through memory views: what works on arrays takes longer than the few numbers of a
-step in which every request gets a token.
+A recorded step (ops/recording.py) reads them where they were when it was recorded, so they are as large as a plan can be. Numbers go in
+through memory views: what works on arrays takes longer than the few numbers of a step in which every request gets a token.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from lineshaft.sched.plan import Chunk, Plan
+
+Numbers = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 
 
 class GroupBuffers:
     """Of one layer group."""
 
     def __init__(self, tokens: int, chunks: int, pages: int) -> None:
-        self.slots_T = torch.zeros(tokens, dtype=torch.int64)
+        self.slots_T = np.zeros(tokens, np.int64)
         """Where each token's keys go, page * B + place in the page."""
-        self.chunks_C4 = torch.zeros(chunks, 4, dtype=torch.int64)
+        self.chunks_C4 = np.zeros((chunks, 4), np.int64)
         """First row, position of the first token, tokens, where the page numbers begin."""
-        self.count_1 = torch.zeros(1, dtype=torch.int64)
+        self.count_1 = np.zeros(1, np.int64)
         """How many chunks there are."""
-        self.tables = torch.zeros(pages, dtype=torch.int32)
+        self.tables = np.zeros(pages, np.int32)
         """Page numbers of all requests, one after another."""
-        self._slots, self._chunks, self._count, self._tables = map(_view, (self.slots_T, self.chunks_C4, self.count_1, self.tables))
+        self._slots, self._chunks = _view(self.slots_T), _view(self.chunks_C4)
+        self._count, self._tables = _view(self.count_1), _view(self.tables)
         self._laid: list[tuple[list[int], int]] = []
         """The table that lies at each chunk's place, and where it begins."""
 
@@ -58,47 +61,45 @@ class GroupBuffers:
 class StepBuffers:
     """Of a whole step: tokens, their positions, where every group's keys are, and which rows get logits."""
 
-    def __init__(self, groups: int, page_tokens: int, tokens: int, requests: int) -> None:
-        """`tokens`: of the largest step that is expected; `requests`: most of one plan."""
-        self.page_tokens, self._count, self._requests = page_tokens, groups, requests
+    def __init__(self, groups: int, page_tokens: int, tokens: int, requests: int, context_tokens: int) -> None:
+        """`tokens`, `requests`: most of one plan, of `context_tokens` each at most. What is never filled takes no memory."""
+        self.page_tokens, self.capacity, self.most_rows = page_tokens, tokens, requests
         self.tokens = self.rows = 0
         """Of the plan that was laid out last: tokens, and rows that get logits."""
-        self._reserve(tokens, min(16, requests), 1024)
-
-    def _reserve(self, tokens: int, chunks: int, pages: int) -> None:
-        self.capacity, self.most_rows, self._pages = tokens, chunks, pages
-        self.tokens_T, self.positions_T = (torch.zeros(tokens, dtype=torch.int64) for _ in range(2))
-        self.rows_R = torch.zeros(chunks, dtype=torch.int64)
+        self.tokens_T, self.positions_T = (np.zeros(tokens, np.int64) for _ in range(2))
+        self.rows_R = np.zeros(requests, np.int64)
         self._ids, self._positions, self._rows = map(_view, (self.tokens_T, self.positions_T, self.rows_R))
-        self.groups = [GroupBuffers(tokens, chunks, pages) for _ in range(self._count)]
+        pages = requests * -(-context_tokens // page_tokens)
+        self.groups = [GroupBuffers(tokens, requests, pages) for _ in range(groups)]
 
-    def fill(self, plan: Plan) -> bool:
-        """Lay a plan out. True when the buffers had to grow: whatever knew where they were must be told."""
-        self.tokens, self.rows = plan.tokens, 0
-        grown = self._grow(plan.chunks)
-        row = 0
+    def fill(self, plan: Plan) -> None:
+        """Lay a plan out. ValueError for one that is larger than all that were expected."""
+        if plan.tokens > self.capacity or len(plan.chunks) > self.most_rows:
+            raise ValueError(f"{plan.tokens} tokens of {len(plan.chunks)} requests in buffers for {self.capacity} of {self.most_rows}")
+        self.tokens, row = plan.tokens, 0
         for chunk in plan.chunks:
             first, last, ids = chunk.first, chunk.last, chunk.request.tokens
             begun, row = row, row + last - first
             self._ids[begun:row] = array("q", ids[first:last])
             self._positions[begun:row] = array("q", range(first, last))
-            if chunk.samples:
-                self._rows[self.rows] = row - 1
-                self.rows += 1
         for place, group in enumerate(self.groups):
             group.fill(place, plan.chunks, self.page_tokens)
-        return grown
+        self.choose(plan.sampling_rows)
 
-    def _grow(self, chunks: list[Chunk]) -> bool:
-        pages = max([sum([len(chunk.request.tables[group]) for chunk in chunks]) for group in range(self._count)])
-        if self.tokens <= self.capacity and len(chunks) <= self.most_rows and pages <= self._pages:
-            return False
-        wanted = ((self.capacity, self.tokens), (self.most_rows, len(chunks)), (self._pages, pages))
-        tokens, rows, places = (have if need <= have else 2 * need for have, need in wanted)
-        self._reserve(tokens, min(rows, self._requests), places)  # each row holds as many logits as there are words
-        return True
+    def choose(self, rows: Sequence[int]) -> None:
+        """These rows of the plan get logits."""
+        self._rows[: len(rows)] = array("q", rows)
+        self.rows = len(rows)
+
+    def named(self) -> dict[str, Numbers]:
+        """All of them, in an order that hangs on nothing but the number of groups."""
+        own: dict[str, Numbers] = {"tokens": self.tokens_T, "positions": self.positions_T, "rows": self.rows_R}
+        for place, group in enumerate(self.groups):
+            parts: dict[str, Numbers] = {"slots": group.slots_T, "chunks": group.chunks_C4, "count": group.count_1, "tables": group.tables}
+            own |= {f"{name} of group {place}": part for name, part in parts.items()}
+        return own
 
 
-def _view(tensor: Tensor) -> memoryview:
-    """Of its numbers, in a row; an array of the same type code can be put in."""
-    return tensor.view(-1).numpy().data.cast("B").cast("q" if tensor.dtype == torch.int64 else "i")
+def _view(numbers: Numbers) -> memoryview:
+    """Of numbers in a row; an array of the same type code can be put in."""
+    return numbers.reshape(-1).data.cast("B").cast("q" if numbers.dtype == np.int64 else "i")

@@ -38,7 +38,7 @@ class LLM:
         """Loads the checkpoint. Raises what `Engine.load` raises."""
         self.tokenizer = Tokenizer.load(Path(path))
         self.engine = Engine.load(Path(path), config or EngineConfig())
-        self.engine.runner.cache.get_ready()
+        self.engine.cache.get_ready()
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling | None = None) -> list[Completion]:
         """Answer every prompt (text, or token ids as they are); answers in the order of the prompts.

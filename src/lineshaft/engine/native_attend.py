@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from lineshaft.engine.buffers import GroupBuffers, StepBuffers
@@ -26,12 +29,25 @@ def obstacle(config: ModelConfig) -> str | None:
     return None if fits else f"the native kernels attend to keys of an even number of channels, at most {WIDEST}, not {width}"
 
 
+class _Laid(NamedTuple):
+    """GroupBuffers, as kernels take them."""
+
+    slots_T: Tensor
+    chunks_C4: Tensor
+    count_1: Tensor
+    tables: Tensor
+
+    @classmethod
+    def of(cls, group: GroupBuffers) -> _Laid:
+        return cls(*map(torch.from_numpy, (group.slots_T, group.chunks_C4, group.count_1, group.tables)))
+
+
 class NativeAttend:
     """Implements model.attend.Attend for what the buffers hold: writes the new keys first, then lets each request look at its own pages."""
 
     def __init__(self, cache: PagedCache, buffers: StepBuffers, tokens: int) -> None:
         """`tokens`: rows that the model runs."""
-        self.cache, self._groups, self._tokens = cache, buffers.groups, tokens
+        self.cache, self._groups, self._tokens = cache, [_Laid.of(group) for group in buffers.groups], tokens
 
     def gqa(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, reach: Reach) -> Tensor:
         """See model.attend.Attend."""
@@ -59,7 +75,7 @@ class NativeAttend:
         return query.values(self._attended(q_THE, pages, pages, latent, group, scale, reach))
 
     def _attended(
-        self, q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, values: int, group: GroupBuffers, scale: float, reach: Reach
+        self, q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, values: int, group: _Laid, scale: float, reach: Reach
     ) -> Tensor:
         """`values`: channels of an entry of `pages_v` that are its value."""
         where = group.chunks_C4, group.tables, scale, reach, group.count_1

@@ -1,25 +1,26 @@
-"""Choosing the next token of each request, and telling how likely it was."""
+"""Choosing the next token of each request, and telling how likely it was. Free of torch."""
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from collections.abc import Callable
 
-from lineshaft.engine.penalties import Logits, alter, wanted
-from lineshaft.ops import table as ops
+import numpy as np
+
+from lineshaft.engine.penalties import alter, wanted
+from lineshaft.engine.program import Choices, Floats
 from lineshaft.sched.request import Request, Score
 
 
 class Sampler:
     """Keeps one random generator a request, so that a seed gives the same answer in any company."""
 
-    def __init__(self) -> None:
+    def __init__(self, draw: Callable[[Floats, Choices], list[int]]) -> None:
+        """`draw`: see Runs."""
+        self._draw = draw
         self._generators: dict[int, np.random.Generator] = {}
 
-    def __call__(self, logits_RV: Tensor, requests: list[Request]) -> tuple[list[int], list[Score | None] | None]:
-        """A token for each row of float32 logits, -1 where none is a number; and scores where a request wants them (None: none does)."""
+    def __call__(self, logits_RV: Floats, requests: list[Request]) -> tuple[list[int], list[Score | None] | None]:
+        """A token for each row of logits, -1 where none is a number; and scores where a request wants them (None: none does)."""
         tokens = self._tokens(logits_RV, requests) if requests else []
         if all(request.sampling.logprobs is None for request in requests):
             return tokens, None
@@ -29,16 +30,15 @@ class Sampler:
         """The request has ended."""
         self._generators.pop(number, None)
 
-    def _tokens(self, logits_RV: Tensor, requests: list[Request]) -> list[int]:
-        logits = logits_RV.numpy()
-        altered = [(row, *alter(logits[row], request)) for row, request in enumerate(requests) if wanted(request.sampling)]
-        tokens = self._greatest(logits, requests) or self._drawn(logits_RV, requests)
+    def _tokens(self, logits_RV: Floats, requests: list[Request]) -> list[int]:
+        altered = [(row, *alter(logits_RV[row], request)) for row, request in enumerate(requests) if wanted(request.sampling)]
+        tokens = self._greatest(logits_RV, requests) or self._drawn(logits_RV, requests)
         for row, ids, before in altered:  # scores are of what the model said
-            logits[row][ids] = before
+            logits_RV[row][ids] = before
         return tokens
 
     @staticmethod
-    def _greatest(logits_RV: Logits, requests: list[Request]) -> list[int] | None:
+    def _greatest(logits_RV: Floats, requests: list[Request]) -> list[int] | None:
         """Where all take the greatest, and it is a number."""
         if any(request.sampling.temperature for request in requests):
             return None
@@ -46,11 +46,8 @@ class Sampler:
         found_R = logits_RV[np.arange(len(tokens)), tokens]
         return tokens.tolist() if (found_R > -np.inf).all() else None
 
-    def _drawn(self, logits_RV: Tensor, requests: list[Request]) -> list[int]:
-        choices = torch.tensor([self._choice(request, logits_RV.shape[1]) for request in requests], dtype=torch.float64)
-        with ops.steady():
-            tokens: list[int] = ops.sample(logits_RV, choices).tolist()
-        return tokens
+    def _drawn(self, logits_RV: Floats, requests: list[Request]) -> list[int]:
+        return self._draw(logits_RV, np.array([self._choice(request, logits_RV.shape[1]) for request in requests], np.float64))
 
     def _choice(self, request: Request, vocabulary: int) -> tuple[float, int, float, float, float]:
         """A row of choices (ops/sampling.py)."""
@@ -59,7 +56,7 @@ class Sampler:
         return sampling.temperature, min(sampling.top_k, vocabulary), sampling.top_p, sampling.min_p, luck
 
     @staticmethod
-    def _score(logits_V: Tensor, token: int, request: Request) -> Score | None:
+    def _score(logits_V: Floats, token: int, request: Request) -> Score | None:
         return None if request.sampling.logprobs is None else score(logits_V, token, request.sampling.logprobs)
 
     def _generator(self, request: Request) -> np.random.Generator:
@@ -69,13 +66,17 @@ class Sampler:
         return self._generators[request.number]
 
 
-def score(logits_V: Tensor, token: int, top: int) -> Score:
+def score(logits_V: Floats, token: int, top: int) -> Score:
     """Log-probability of a token, and the `top` likeliest with theirs; equally likely ones in order of their ids."""
-    chances_V = F.log_softmax(logits_V, -1)
+    greatest = logits_V.max()
+    with np.errstate(invalid="ignore"):  # infinite logits are no numbers afterwards, as they should be
+        chances_V = logits_V - greatest
+        chances_V -= np.log(np.exp(chances_V).sum())
     likeliest: list[tuple[int, float]] = []
     if top:
-        least = chances_V.topk(min(top, len(chances_V))).values[-1]
-        ids = (chances_V >= least).nonzero()[:, 0]
+        top = min(top, len(chances_V))
+        least = np.partition(chances_V, -top)[-top]
+        ids = np.flatnonzero(chances_V >= least)
         ranked = sorted(zip(ids.tolist(), chances_V[ids].tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
         likeliest = ranked[:top]
     return Score(float(chances_V[token]), tuple(likeliest))

@@ -6,11 +6,11 @@ here: a short text alone, and in a batch that is read in chunks. The same bits m
 
 from __future__ import annotations
 
+import hashlib
 from itertools import count
 
-from torch import Tensor
-
-from lineshaft.engine.loop import Engine
+from lineshaft.engine.program import Floats
+from lineshaft.engine.rounds import Rounds
 from lineshaft.sched.admission import SchedulerConfig
 from lineshaft.sched.pages import PagePool
 from lineshaft.sched.request import Request, Sampling
@@ -22,7 +22,7 @@ STEPS = 2
 """Tokens that each of them gets: the second by decoding."""
 
 
-def warm_up(engine: Engine) -> bool | None:
+def warm_up(engine: Rounds) -> bool | None:
     """Run a few tokens through the model, leaving nothing behind. Are the bits the same alone and in company?
 
     None where the engine does not promise that, or its cache is too small to try.
@@ -36,19 +36,26 @@ def warm_up(engine: Engine) -> bool | None:
     return all(bool((one == other).all()) for one, other in zip(alone[-1], company[-1], strict=True))
 
 
-def _answers(engine: Engine, lengths: list[int]) -> list[list[Tensor]]:
+def fingerprint(engine: Rounds) -> str:
+    """Of the bits of the logits that a short text alone leads to; of nothing where the cache is too small for it."""
+    short = engine.context_tokens < TEXT + STEPS
+    return hashlib.blake2b(b"" if short else b"".join(logits_V.tobytes() for logits_V in _answers(engine, [TEXT])[0])).hexdigest()
+
+
+def _answers(engine: Rounds, lengths: list[int]) -> list[list[Floats]]:
     """For each text the logits that chose each of its next tokens. A scheduler of its own: the engine's never hears of it."""
-    pools = [PagePool(pages) for pages in engine.runner.cache.pages]
-    config = SchedulerConfig(step_tokens=STEP, start_batch=len(lengths), max_batch=len(lengths), prefix_cache=False)
-    scheduler = Scheduler(config, engine.runner.cache.groups, pools, engine.config.page_tokens)
-    requests = [_request(number, length, engine.model.config.vocab_size) for number, length in zip(count(1), lengths, strict=False)]
+    pools, limits = [PagePool(pages) for pages in engine.cache.pages], engine.config.scheduler
+    most, step_tokens = min(len(lengths), limits.max_batch), min(STEP, limits.step_tokens)
+    config = SchedulerConfig(step_tokens=step_tokens, start_batch=most, max_batch=most, prefix_cache=False)
+    scheduler = Scheduler(config, engine.cache.groups, pools, engine.config.page_tokens)
+    requests = [_request(number, length, engine.bounds.vocabulary) for number, length in zip(count(1), lengths, strict=False)]
     for request in requests:
         scheduler.submit([request])
-    said: list[list[Tensor]] = [[] for _ in requests]
+    said: list[list[Floats]] = [[] for _ in requests]
     while scheduler.running or scheduler.waiting:
         plan = scheduler.plan()
-        _, logits_RV = engine.runner.run(plan)
-        for request, logits_V in zip(plan.sampling, logits_RV.clone(), strict=True):
+        logits_RV = engine.runs.run(plan).copy()
+        for request, logits_V in zip(plan.sampling, logits_RV, strict=True):
             said[request.number - 1].append(logits_V)
         scheduler.commit(plan, logits_RV.argmax(-1).tolist())
     return said

@@ -1,25 +1,31 @@
 """The library of native kernels: whether it is there, and which instruction set it uses.
 
 It is built at installation when there is a C++ compiler. Threads are those of torch's own OpenMP, whose functions are
-handed over by address: a second pool would spin on the same cores.
+handed over by address: a second pool would spin on the same cores. Free of torch, whose OpenMP is found without importing it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-import torch
 
 from lineshaft.base.errors import ConfigError
 
 FORCE = "LINESHAFT_ISA"
 """Environment variable: a lower instruction set than the best, or `none` for PyTorch alone."""
 MISSING = "native kernels are not installed: install g++ and cmake, then run the installation again; until then PyTorch computes, slower"
+
+STEP_CALLS = frozenset(
+    {"linear", "norm", "rope", "silu_mul", "add", "take_rows", "put_rows", "angles", "write_codes", "attention"}
+    | {"by_head", "join", "sigmoid", "scaled", "widen", "route", "experts"}
+)
+"""Functions of the library that a recorded step is made of."""
 
 _library: ModuleType | None = None
 _tried = False
@@ -80,10 +86,16 @@ def _best(found: Any) -> str:
 
 
 def _share_threads(found: ModuleType) -> None:
-    """Hand over the functions of torch's OpenMP; without them (another runtime than GNU's) there is one thread, which `describe` shows."""
-    for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+    """Hand over the functions of torch's OpenMP; without them (another runtime than GNU's) there is one thread, which `describe` shows.
+
+    As many threads as torch uses, where it is imported, else as OpenMP would.
+    """
+    torch, most = sys.modules.get("torch"), 1
+    spec = importlib.util.find_spec("torch")
+    for path in sorted((Path(spec.origin).parent / "lib").glob("libgomp*.so*")) if spec and spec.origin else []:
         openmp = ctypes.CDLL(str(path))
         names = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
         found.share_threads(*(ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value for name in names))
+        most = openmp.omp_get_max_threads()
         break
-    found.set_threads(torch.get_num_threads())
+    found.set_threads(torch.get_num_threads() if torch else most)

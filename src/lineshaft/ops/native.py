@@ -5,16 +5,13 @@ Every one of them gives a row the same bits in any company: sums run in an order
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lineshaft.ops import checks
-from lineshaft.ops.isa import library
 from lineshaft.ops.packing import Shape
 from lineshaft.ops.reach import Blocks, Reach, Window
-from lineshaft.ops.recording import result
+from lineshaft.ops.recording import native_library, result
 
 
 def packed_linear(
@@ -218,13 +215,6 @@ def _numbers(reach: Reach) -> tuple[int, int, int, int]:
     if isinstance(reach, Blocks):
         return 2, reach.block, reach.local_blocks, reach.stride
     return 0, 0, 0, 0
-
-
-def native_library() -> Any:
-    """The library; the table holds these kernels only where it is there."""
-    found = library()
-    assert found is not None
-    return found
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lineshaft.ops.checks import float_of
 from lineshaft.ops.experts import Feeds, Rule
-from lineshaft.ops.native import native_library, rows_of
+from lineshaft.ops.native import rows_of
 from lineshaft.ops.packing import Shape
-from lineshaft.ops.recording import result
+from lineshaft.ops.recording import native_library, result
 
 
 def sigmoid(x_TI: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ holds them, as they will be in every run. What is not a native call would be mis
 from __future__ import annotations
 
 import ctypes
+import mmap
 import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -17,11 +18,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lineshaft.base.errors import Unrecordable
-from lineshaft.ops.isa import library
+from lineshaft.ops.isa import STEP_CALLS, library
 
 _VIEWS = {
-    "alias", "as_strided", "contiguous", "detach", "expand", "flatten", "float", "permute", "reshape", "select", "slice", "split",
-    "split_with_sizes", "squeeze", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
+    "alias", "as_strided", "contiguous", "detach", "expand", "flatten", "float", "lift_fresh", "permute", "reshape", "select", "slice",
+    "split", "split_with_sizes", "squeeze", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
 }  # fmt: skip
 """Operations of PyTorch that compute nothing, as long as they do not copy."""
 
@@ -30,7 +31,7 @@ class Arena:
     """Places for results, used again when the last tensor on them is gone."""
 
     def __init__(self) -> None:
-        self._blocks: list[Tensor] = []
+        self.blocks: list[Tensor] = []
         self._free: list[Tensor] = []
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -38,9 +39,8 @@ class Arena:
         size = max(1, dtype.itemsize * torch.Size(shape).numel())
         block = min((block for block in self._free if block.numel() >= size), key=len, default=None)
         if block is None:
-            block = torch.frombuffer((ctypes.c_char * (size + 64)).from_buffer(bytearray(size + 64)), dtype=torch.uint8)
-            block = block[-block.data_ptr() % 64 :][:size]
-            self._blocks.append(block)
+            block = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)  # takes memory only where it is touched
+            self.blocks.append(block)
         else:
             self._free = [other for other in self._free if other is not block]  # by identity: tensors compare number by number
         place = (ctypes.c_char * size).from_address(block.data_ptr())
@@ -53,16 +53,53 @@ class Arena:
     @property
     def size(self) -> int:
         """Bytes of all places."""
-        return sum(len(block) for block in self._blocks)
+        return sum(len(block) for block in self.blocks)
 
 
-_arena: ContextVar[Arena | None] = ContextVar("arena", default=None)
+Call = tuple[str, tuple[Any, ...]]
+"""A function of the library, and its arguments: addresses, numbers, and lists of both."""
+
+
+class _Noting:
+    """The library while a step is recorded: the calls that make the step are noted as well."""
+
+    def __init__(self, native: Any, calls: list[Call]) -> None:
+        self._native, self._calls = native, calls
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._native, name)
+        if name not in STEP_CALLS:
+            return call
+
+        def noted(*args: Any) -> None:
+            self._calls.append((name, args))
+            call(*args)
+
+        return noted
+
+
+class _Now:
+    """A recording that is going on."""
+
+    def __init__(self, native: Any) -> None:
+        self.arena, self.calls = Arena(), list[Call]()
+        self.library = _Noting(native, self.calls)
+
+
+_now: ContextVar[_Now | None] = ContextVar("recording", default=None)
 
 
 def result(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Where a native kernel puts its result."""
-    arena = _arena.get()
-    return torch.empty(tuple(shape), dtype=dtype) if arena is None else arena.take(shape, dtype)
+    now = _now.get()
+    return torch.empty(tuple(shape), dtype=dtype) if now is None else now.arena.take(shape, dtype)
+
+
+def native_library() -> Any:
+    """The library for kernels, which the table holds only where it is there."""
+    now, found = _now.get(), library()
+    assert found is not None
+    return found if now is None else now.library
 
 
 class Recorded:
@@ -72,26 +109,29 @@ class Recorded:
     """
 
     def __init__(self, run: Callable[[], Tensor], finish: Callable[[Tensor], Tensor] = lambda output: output) -> None:
-        """Record both. Raises Unrecordable. `output` and `finished`: their results, filled by each run."""
+        """Record both. Raises Unrecordable. `output` and `finished`: their results, filled by each run. `calls`: of the library, of which
+        the first `body` belong to `run`."""
         native: Any = library()
-        self.arena = Arena()
-        token = _arena.set(self.arena)
+        now = _Now(native)
+        self.arena, self.calls = now.arena, now.calls
+        token = _now.set(now)
         native.begin_step()
         try:
             with _OnlyViews():  # type: ignore[no-untyped-call] # torch leaves its modes untyped
                 self.output = run()
                 native.finish_step()
+                self.body = len(self.calls)
                 self.finished = finish(self.output)
         finally:
-            self._step = native.end_step()
-            _arena.reset(token)
+            self.step: Any = native.end_step()
+            _now.reset(token)
 
     def __len__(self) -> int:
-        return len(self._step)
+        return len(self.step)
 
     def run(self, tokens: int, rows: int = 0) -> None:
         """Compute, and finish the first `rows`."""
-        self._step.run(tokens, rows)
+        self.step.run(tokens, rows)
 
 
 class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves its modes untyped

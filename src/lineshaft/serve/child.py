@@ -23,11 +23,13 @@ from typing import NoReturn, Protocol
 
 import msgspec
 
+from lineshaft.base.caches import cache_root
 from lineshaft.base.config import load as load_config
 from lineshaft.base.errors import LineshaftError, RequestError
 from lineshaft.base.pages import expect, leave_rest
 from lineshaft.base.terminal import say
 from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.start_key import starts_of
 from lineshaft.sched.load import Load
 from lineshaft.sched.request import Ask, Event, Refused, ends
 from lineshaft.serve.frames import Cancel, Channel, Failed, Orders, Ready, Step, Submit, ToEngine
@@ -143,12 +145,17 @@ def _next(channel: Channel) -> ToEngine | None:
 
 
 def load_engine(orders: Orders) -> tuple[Engine, Ready]:
-    """The engine that was ordered, warm. Raises what loading raises: DoesNotFit, ModelError, ConfigError."""
-    folder = Path(orders.folder)
-    expect(folder, copied=_packs(orders))  # while `import_engine` is at it
-    from lineshaft.serve import loading  # waits for it
+    """The engine that was ordered, warm: one whose start was kept, else a new one. Raises what loading raises: DoesNotFit, ModelError,
+    ConfigError, Corrupt."""
+    from lineshaft.serve import reopening  # waits for `import_engine`, as does the next one
 
-    return loading.loaded(folder, load_config(EngineConfig, orders.engine))
+    folder, config = Path(orders.folder), load_config(EngineConfig, orders.engine)
+    if (found := reopening.reopened(folder, config)) is not None:
+        return found
+    expect(folder, copied=_packs(orders))
+    from lineshaft.serve import loading
+
+    return loading.loaded(folder, config)
 
 
 def _packs(orders: Orders) -> bool:
@@ -166,10 +173,19 @@ def _settled(loaded: tuple[Engine, Ready]) -> tuple[Engine, Ready]:
 
 
 def import_engine() -> None:
-    """Import what an engine needs, torch above all, without knowing which: orders may take as long to come."""
+    """Import what an engine needs, without knowing which: orders may take as long to come. Torch only where no start was kept."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    importlib.import_module("lineshaft.serve.loading")
+    importlib.import_module("lineshaft.serve.reopening" if _kept(sys.argv[1:]) else "lineshaft.serve.loading")
+
+
+def _kept(hint: list[str]) -> bool:
+    """Is there a start that may be the one? `hint`: what names the checkpoint, if that is known yet. A wrong guess costs some tenths of a
+    second."""
+    if not hint:
+        return False
+    folder = Path(hint[0])
+    return starts_of(folder).is_dir() if folder.is_dir() else any(cache_root().glob("starts/*"))
 
 
 def main(load: Callable[[Orders], tuple[Engine, Ready]] = load_engine, prepare: Callable[[], None] = import_engine) -> int:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import msgspec
+
 from lineshaft.engine import activations, cache_dtype
 from lineshaft.engine.cache import page_bytes
 from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.keeping import keep
 from lineshaft.engine.loop import Engine
 from lineshaft.engine.preflight import check_room
-from lineshaft.engine.warm import told, warm_up
+from lineshaft.engine.warm import fingerprint, told, warm_up
 from lineshaft.model.cost import cost_of
 from lineshaft.ops.isa import describe
 from lineshaft.ops.table import chosen, steady
@@ -22,7 +25,7 @@ def loaded(folder: Path, config: EngineConfig) -> tuple[Engine, Ready]:
 
     Raises DoesNotFit, ModelError, ConfigError.
     """
-    began = time.monotonic()
+    began, asked = time.monotonic(), config
     config = check_room(folder, config)  # first: it takes no time, and a model that does not fit is the commonest mistake
     engine = Engine.load(folder, config)
     loaded_at = time.monotonic()
@@ -43,5 +46,6 @@ def loaded(folder: Path, config: EngineConfig) -> tuple[Engine, Ready]:
         kv_bytes_per_token=float(page_bytes(model.config, 1, cache.dtype)),
         told=lines,
     )
-    cache.get_ready()  # goes on beside the first requests
+    cache.get_ready()  # goes on beside the first requests, as does
+    keep(engine, folder, asked, fingerprint(engine), msgspec.to_builtins(ready))
     return engine, ready

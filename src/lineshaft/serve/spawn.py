@@ -1,4 +1,4 @@
-"""The engine's process, started: ahead of time by a command that will need it, since it imports torch for about a second.
+"""The engine's process, started: ahead of time by a command that will need it, since it may import torch for about a second.
 
 Imports nothing heavy itself.
 """
@@ -45,18 +45,18 @@ def spawn(command: Sequence[str] = COMMAND) -> Spawned:
     return Spawned(process, ours)
 
 
-def spawn_ahead() -> None:
+def spawn_ahead(checkpoint: str) -> None:
     """Start the process that `taken` will give, while there is still something else to do. To be called once, in the main thread.
 
-    Where that fails `taken` tries again, and its error is told.
+    `checkpoint`: as it was named, for a guess at what to import. Where that fails `taken` tries again, and its error is told.
     """
     global _ahead  # noqa: PLW0603 # of this process
     with suppress(EngineError):
-        _ahead = spawn()
+        _ahead = spawn([*COMMAND, checkpoint])
 
 
-def taken() -> Spawned:
+def taken(checkpoint: str) -> Spawned:
     """The process started ahead, once; after that, and without it, a new one. Raises EngineError as `spawn` does."""
     global _ahead  # given away
     found, _ahead = _ahead, None
-    return found or spawn()
+    return found or spawn([*COMMAND, checkpoint])

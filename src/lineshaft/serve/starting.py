@@ -22,7 +22,7 @@ async def started(folder: Path, engine: EngineConfig, stall_seconds: float, metr
     Raises BrokenContract when the tokenizer gives other tokens than the model was trained on, and whatever loading it raises.
     """
     async with AsyncExitStack() as stack:
-        remote = await RemoteEngine.spawned(folder, engine, stall_seconds, taken())
+        remote = await RemoteEngine.spawned(folder, engine, stall_seconds, taken(str(folder)))
         stack.push_async_callback(remote.close)  # unless all goes well
         tokenizer = await asyncio.to_thread(_checked_tokenizer, folder)  # while the process begins
         ready = await remote.wait_ready()

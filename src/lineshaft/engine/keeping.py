@@ -1,0 +1,243 @@
+"""Keeps a start, so that the next one needs no torch (kept.py reads it)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from lineshaft.base.files import sync_folder
+from lineshaft.base.terminal import say
+from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.kept import PROGRAM, WEIGHTS, Bytes, Files, Kept, Place, Region, Result
+from lineshaft.engine.loop import Engine
+from lineshaft.engine.start_key import start_key, starts_of
+from lineshaft.model.decoder import Decoder
+from lineshaft.model.hf.names import to_file
+from lineshaft.model.linear import Linear
+from lineshaft.model.moe import OutputGate, Router
+from lineshaft.model.rope import speeds
+from lineshaft.ops.formats import Dense
+from lineshaft.ops.isa import library
+from lineshaft.ops.packed import Packed
+from lineshaft.ops.packing import Shape
+from lineshaft.ops.recording import Recorded
+
+MOST_STARTS = 8
+"""Checkpoints whose starts are kept; the one that was used longest ago goes first."""
+ROOM = 4
+"""The disk must have so many times the bytes that are written."""
+_STALE_S = 3600
+"""After so long what is half written is left over from a process that has gone."""
+_LOWEST_ADDRESS = 1 << 32
+"""No size or stride in a call is as large, and no address of a 64-bit process is smaller."""
+
+
+def keep(engine: Engine, folder: Path, asked: EngineConfig, fingerprint: str, facts: dict[str, Any]) -> threading.Thread | None:
+    """Keep the start of this engine in a thread of low priority. None where there is nothing to keep: steps are not recorded.
+
+    `asked`: the settings by which it will be found. `facts`: what `Reopened` is to give back.
+    """
+    native = engine.runner.native
+    if not asked.keep_start or native is None or native.recorded is None:
+        return None
+    writer = _Writer(engine, native.recorded, folder, asked, fingerprint, facts)
+    thread = threading.Thread(target=writer.write, name="keeping the start", daemon=True)
+    thread.start()
+    return thread
+
+
+class _Writer:
+    def __init__(
+        self, engine: Engine, recorded: Recorded, folder: Path, asked: EngineConfig, fingerprint: str, facts: dict[str, Any]
+    ) -> None:
+        self._engine, self._recorded, self._folder, self._asked = engine, recorded, folder, asked
+        self._fingerprint, self._facts = fingerprint, facts
+
+    def write(self) -> None:
+        """Into a folder beside, which takes its place when all of it is on the disk. What goes wrong is said; serving goes on."""
+        with suppress(OSError, AttributeError):  # a sandbox may forbid it, and macOS has none
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        try:
+            home, key = starts_of(self._folder), start_key(self._folder, self._asked)
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            draft = home / f".{key}-{os.getpid()}"
+            draft.mkdir(mode=0o700)
+            try:
+                self._write_into(draft)
+                if start_key(self._folder, self._asked) == key and not (home / key).exists():  # else the checkpoint was changed meanwhile
+                    draft.rename(home / key)
+                    sync_folder(home / key)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+            _tidy(home, key)
+        except (OSError, ValueError) as error:
+            say(f"this start is not kept, so the next one takes as long: {error}")
+
+    def _write_into(self, draft: Path) -> None:
+        places = _Places(self._engine, self._recorded)
+        calls = [(name, [places.of(arg) for arg in args]) for name, args in self._recorded.calls]
+        hidden, logits = (_result(tensor, places) for tensor in (self._recorded.output, self._recorded.finished))
+        with (draft / WEIGHTS).open("xb") as weights:
+            sources = _Sources(self._engine.model, self._folder, draft, weights)
+            regions = [sources.traced(memory, region) for memory, region in zip(places.memory, places.regions, strict=True)]
+            os.fsync(weights.fileno())
+        native: Any = library()
+        bounds = asdict(self._engine.bounds)
+        kept = Kept(
+            calls=calls,
+            body=self._recorded.body,
+            regions=regions,
+            hidden=hidden,
+            logits=logits,
+            threads=native.threads(),
+            config=self._engine.config.model_dump(mode="json"),
+            bounds={**bounds, "ends": sorted(bounds["ends"])},
+            pages=self._engine.cache.pages,
+            token_bytes=self._engine.cache.token_bytes,
+            fingerprint=self._fingerprint,
+            facts=self._facts,
+        )
+        (draft / PROGRAM).write_bytes(msgspec.msgpack.encode(kept))
+        sync_folder(draft / PROGRAM)
+
+
+class _Places:
+    """Where the addresses of the calls are. Only what they name becomes a region, but for the cache's and the buffers', which all do."""
+
+    def __init__(self, engine: Engine, recorded: Recorded) -> None:
+        native = engine.runner.native
+        assert native is not None
+        self.memory: list[Bytes] = []
+        self.regions: list[Region] = []
+        known: list[tuple[Bytes, str]] = [(_bytes_of(block), "work") for block in recorded.arena.blocks]
+        known += [(_bytes_of(tensor), "own") for tensor, *_ in weights_of(engine.model)]
+        for memory in chain.from_iterable(engine.cache.memory):
+            self._take(np.frombuffer(memory, np.uint8), "pages")
+        for numbers in native.buffers.named().values():
+            self._take(numbers.reshape(-1).view(np.uint8), "buffer")
+        known += zip(self.memory, (region.kind for region in self.regions), strict=True)
+        self._known = sorted((own.ctypes.data, place) for place, (own, _) in enumerate(known))
+        self._all = known
+        self._numbers = {own.ctypes.data: number for number, own in enumerate(self.memory)}
+
+    def of(self, arg: Any) -> Any:
+        """The argument, with a Place in place of an address. ValueError for one that lies in no memory we know."""
+        if isinstance(arg, list | tuple):
+            return [self.of(item) for item in arg]
+        if isinstance(arg, bool) or not isinstance(arg, int) or arg < _LOWEST_ADDRESS:
+            return arg
+        at = bisect_right(self._known, (arg, len(self._all))) - 1
+        own, kind = self._all[self._known[at][1]]
+        start = own.ctypes.data
+        if at < 0 or not start <= arg < start + len(own):
+            raise ValueError("a recorded call names memory that is none of the model's")
+        if start not in self._numbers:
+            self._numbers[start] = self._take(own, kind)
+        return Place(self._numbers[start], arg - start)
+
+    def _take(self, memory: Bytes, kind: Any) -> int:
+        self.memory.append(memory)
+        self.regions.append(Region(len(memory), kind))
+        return len(self.memory) - 1
+
+
+class _Sources:
+    """Where the bytes of weights come from. Each answer is tried: what it leads to must be the bytes in memory."""
+
+    def __init__(self, model: Decoder, folder: Path, draft: Path, weights: BinaryIO) -> None:
+        self._files, self._weights, self._folder = Files(folder, draft), weights, folder
+        self._stored = {name: entry for path in sorted(folder.glob("*.safetensors")) for name, entry in _stored_in(path)}
+        self._names: dict[int, tuple[str, Shape | None]] = {}
+        for tensor, name, shape in weights_of(model):
+            self._names.setdefault(tensor.data_ptr(), (to_file(model.config.family, name), shape))
+
+    def traced(self, memory: Bytes, region: Region) -> Region:
+        """The region with its source; as it is where it holds no weight."""
+        if region.kind != "own":
+            return region
+        name, shape = self._names[memory.ctypes.data]
+        for wanted in (name, "model.embed_tokens.weight"):  # the second is behind a head that shares it
+            found = self._in_checkpoint(wanted, shape, len(memory))
+            if found and np.array_equal(self._files.weight(found), memory):
+                return found
+        return self._written(memory)
+
+    def _in_checkpoint(self, name: str, shape: Shape | None, size: int) -> Region | None:
+        if name not in self._stored:
+            return None
+        path, start, stored = self._stored[name]
+        if shape is None:
+            return Region(size, "file", path.name, start) if stored == size else None
+        kind, inputs, outputs, *_ = shape.native
+        alike = stored == inputs * outputs * (4 if shape.kind == "float32" else 2)
+        return Region(size, "dense", path.name, start, shape=(kind, inputs, outputs)) if alike else None
+
+    def _written(self, memory: Bytes) -> Region:
+        offset = self._weights.tell()
+        if shutil.disk_usage(self._weights.name).free < ROOM * len(memory):
+            raise OSError(f"{self._weights.name}: less than {ROOM} times the {len(memory)} bytes of a weight are left on the disk")
+        self._weights.write(memory.data)
+        self._weights.flush()
+        return Region(len(memory), "own", offset=offset, crc=zlib.crc32(memory.data))
+
+
+def weights_of(model: Decoder) -> Iterator[tuple[Tensor, str, Shape | None]]:
+    """What calls may read of a model: each tensor, the name of what it was made from, and the shape by which that was packed (None: it
+    is as it was). Whether that is so is for others to try. Of a tensor that comes twice the first counts."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and isinstance(module.format, Packed) and isinstance(module.format.origin, Dense):
+            yield module.tensors()["packed"], f"{name}.weight", module.format.shape
+        elif isinstance(module, Router | OutputGate) and module.packed is not None:
+            yield module.packed[1], f"{name}.weight", module.packed[0]
+        for own, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+            yield tensor.detach(), f"{name}.{own}", None
+    yield speeds(model.config, torch.device("cpu")), "", None
+
+
+def _stored_in(path: Path) -> Iterator[tuple[str, tuple[Path, int, int]]]:
+    """Tensors of a safetensors file: file, first byte, bytes."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            yield name, (path, 8 + length + first, last - first)
+
+
+def _bytes_of(tensor: Tensor) -> Bytes:
+    """Without a copy."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _result(tensor: Tensor, places: _Places) -> Result:
+    rows, width = tensor.shape
+    where = places.of(tensor.data_ptr())
+    return Result(where, rows, width, "float32" if tensor.dtype == torch.float32 else "uint16")
+
+
+def _tidy(home: Path, key: str) -> None:
+    """Other starts of the checkpoint go, and checkpoints that were not started for the longest time."""
+    for path in home.iterdir():
+        if path.name != key and (not path.name.startswith(".") or path.stat().st_mtime < time.time() - _STALE_S):
+            shutil.rmtree(path, ignore_errors=True)
+    os.utime(home)
+    oldest: Sequence[Path] = sorted(home.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-MOST_STARTS]
+    for path in oldest:
+        shutil.rmtree(path, ignore_errors=True)
