@@ -4,7 +4,7 @@
 
 Two Llamas with random weights, half a billion parameters in bfloat16 and a tiny one, in a temporary folder (or in --keep, where
 they are found again). First start: nothing is kept, and the kernel is asked to forget the weights' pages. Second: what the first one kept
-is used, and the weights are still in memory. Anew: still in memory, but nothing kept (engine.keep_start=false). Beside it the floor of
+is used, and the weights are still in memory. Anew: still in memory, but nothing kept (engine.keep_start=off). Beside it the floor of
 a start anew: a Python that imports torch and ends. --int8: of the large one as `lineshaft compress` stores it.
 """
 
@@ -73,10 +73,10 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
-def start(folder: Path, cache: Path, keep: bool) -> dict[str, float]:
+def start(folder: Path, cache: Path, keep: str) -> dict[str, float]:
     """Seconds from exec until it listens, until /ready is green, until the first token. Waits for what it may keep."""
     began = time.monotonic()
-    command = [sys.executable, "-m", "lineshaft.cli.start", "serve", str(folder), "--port", "0", "--set", f"engine.keep_start={json.dumps(keep)}"]
+    command = [sys.executable, "-m", "lineshaft.cli.start", "serve", str(folder), "--port", "0", "--set", f"engine.keep_start={keep}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"LINESHAFT_CACHE": str(cache)}) as server:
         assert server.stderr
         url = next(found[1] for line in server.stderr if (found := re.match(r"listening on (\S+)", line)))
@@ -91,7 +91,7 @@ def start(folder: Path, cache: Path, keep: bool) -> dict[str, float]:
             answer.readline()
             first = time.monotonic() - began
             answer.read()
-        while keep and not kept(cache):
+        while keep != "off" and not kept(cache):
             time.sleep(0.1)
         server.terminate()
         told = server.stderr.read()
@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--kept", choices=["weights", "program"], default="weights")
     parser.add_argument("--int8", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -128,23 +129,24 @@ def main() -> None:
         for name in SHAPES:
             write_model(root / name, name)
             folder = in_int8(root / name) if args.int8 and name == "0.5B" else root / name
-            print(told(folder.name, measured(folder, args.repeats, Path(temporary) / "cache"), floor), flush=True)
+            print(told(folder.name, measured(folder, args.repeats, Path(temporary) / "cache", args.kept), floor), flush=True)
 
 
 def in_int8(folder: Path) -> Path:
     made = folder.with_name(f"{folder.name}-int8")
     if not made.exists():
-        subprocess.run([sys.executable, "-m", "lineshaft.cli.start", "compress", str(folder), "--step", "int8", "--output", str(made)], check=True)
+        command = [sys.executable, "-m", "lineshaft.cli.start", "compress", str(folder), "--format", "int8", "--store", str(made / "store")]
+        subprocess.run(command, check=True)
     return made
 
 
-def measured(folder: Path, repeats: int, cache: Path) -> dict[str, list[dict[str, float]]]:
+def measured(folder: Path, repeats: int, cache: Path, keep: str) -> dict[str, list[dict[str, float]]]:
     runs: dict[str, list[dict[str, float]]] = {"first": [], "second": [], "anew": []}
     for _ in range(repeats):
         shutil.rmtree(cache, ignore_errors=True)
         forget(folder)
         for which, found in runs.items():
-            found.append(start(folder, cache, keep=which != "anew"))
+            found.append(start(folder, cache, keep="off" if which == "anew" else keep))
             assert found[-1]["kept"] == (which == "second"), which
     return runs
 
@@ -158,9 +160,10 @@ def told(name: str, runs: dict[str, list[dict[str, float]]], floor: float) -> st
             f"{which} start ready {middle['ready']:.2f} s ({least:.2f} to {most:.2f}), first token {middle['token']:.2f} s, "
             f"listening {middle['listening']:.2f} s"
         )
+    second, *others = (middles[which]["ready"] for which in ("second", "first", "anew"))
     return (
-        f"cold start {name}: {'; '.join(shown)}; second / first {middles['second']['ready'] / middles['first']['ready']:.2f}, second / anew "
-        f"{middles['second']['ready'] / middles['anew']['ready']:.2f}; importing torch alone {floor:.2f} s; torch {about['torch']}, "
+        f"cold start {name}: {'; '.join(shown)}; second / first {second / others[0]:.2f}, second / anew "
+        f"{second / others[1]:.2f}; importing torch alone {floor:.2f} s; torch {about['torch']}, "
         f"Python {about['python']}, {about['cores']} cores, {about['processor']}"
     )
 

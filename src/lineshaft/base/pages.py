@@ -58,13 +58,15 @@ def make_ready(size: int) -> None:
         _stock = stock
 
 
-def touch(memory: mmap.mmap, size: int) -> None:
-    """Have the system give the first `size` bytes now; what they hold stays. Where it can't, memory is given when it is used.
+def touch(memory: mmap.mmap | int, size: int) -> None:
+    """Have the system give the first `size` bytes of a mapping, or from an address on, now; what they hold stays. Where it can't, memory
+    is given when it is used.
 
     Other threads run meanwhile, which mmap.madvise would not let them.
     """
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(min(size, len(memory))), _POPULATE_WRITE)
+    if not isinstance(memory, int):
+        size, memory = min(size, len(memory)), ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(memory), ctypes.c_size_t(size), _POPULATE_WRITE)
 
 
 def place(size: int) -> Place:

@@ -24,7 +24,8 @@ from torch import Tensor
 from lineshaft.base.files import sync_folder
 from lineshaft.base.terminal import say
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.kept import PROGRAM, WEIGHTS, Bytes, Files, Kept, Place, Region, Result
+from lineshaft.engine.kept import PROGRAM, Kept, Place, Result
+from lineshaft.engine.kept_weights import LINE, WEIGHTS, Bytes, Files, Region
 from lineshaft.engine.loop import Engine
 from lineshaft.engine.start_key import start_key, starts_of
 from lineshaft.model.decoder import Decoder
@@ -54,7 +55,7 @@ def keep(engine: Engine, folder: Path, asked: EngineConfig, fingerprint: str, fa
     `asked`: the settings by which it will be found. `facts`: what `Reopened` is to give back.
     """
     native = engine.runner.native
-    if not asked.keep_start or native is None or native.recorded is None:
+    if asked.keep_start == "off" or native is None or native.recorded is None:
         return None
     writer = _Writer(engine, native.recorded, folder, asked, fingerprint, facts)
     thread = threading.Thread(target=writer.write, name="keeping the start", daemon=True)
@@ -94,7 +95,7 @@ class _Writer:
         calls = [(name, [places.of(arg) for arg in args]) for name, args in self._recorded.calls]
         hidden, logits = (_result(tensor, places) for tensor in (self._recorded.output, self._recorded.finished))
         with (draft / WEIGHTS).open("xb") as weights:
-            sources = _Sources(self._engine.model, self._folder, draft, weights)
+            sources = _Sources(self._engine.model, self._folder, draft, weights, self._asked.keep_start == "program")
             regions = [sources.traced(memory, region) for memory, region in zip(places.memory, places.regions, strict=True)]
             os.fsync(weights.fileno())
         native: Any = library()
@@ -107,6 +108,8 @@ class _Writer:
             logits=logits,
             threads=native.threads(),
             config=self._engine.config.model_dump(mode="json"),
+            crc=sources.crc,
+            cache_asked=self._asked.cache_bytes is not None,
             bounds={**bounds, "ends": sorted(bounds["ends"])},
             pages=self._engine.cache.pages,
             token_bytes=self._engine.cache.token_bytes,
@@ -158,11 +161,15 @@ class _Places:
 
 
 class _Sources:
-    """Where the bytes of weights come from. Each answer is tried: what it leads to must be the bytes in memory."""
+    """Where the bytes of weights come from. `small`: from the checkpoint where they can, which is tried: what it leads to must be the
+    bytes in memory. Else all are written."""
 
-    def __init__(self, model: Decoder, folder: Path, draft: Path, weights: BinaryIO) -> None:
-        self._files, self._weights, self._folder = Files(folder, draft), weights, folder
-        self._stored = {name: entry for path in sorted(folder.glob("*.safetensors")) for name, entry in _stored_in(path)}
+    def __init__(self, model: Decoder, folder: Path, draft: Path, weights: BinaryIO, small: bool) -> None:
+        self.crc = 0
+        """zlib.crc32 of what was written."""
+        self._files, self._weights = Files(folder, draft), weights
+        stored = (entry for path in sorted(folder.glob("*.safetensors")) for entry in _stored_in(path))
+        self._stored = dict(stored) if small else {}
         self._names: dict[int, tuple[str, Shape | None]] = {}
         for tensor, name, shape in weights_of(model):
             self._names.setdefault(tensor.data_ptr(), (to_file(model.config.family, name), shape))
@@ -189,12 +196,13 @@ class _Sources:
         return Region(size, "dense", path.name, start, shape=(kind, inputs, outputs)) if alike else None
 
     def _written(self, memory: Bytes) -> Region:
-        offset = self._weights.tell()
+        offset, padding = self._weights.tell(), bytes(-len(memory) % LINE)
         if shutil.disk_usage(self._weights.name).free < ROOM * len(memory):
             raise OSError(f"{self._weights.name}: less than {ROOM} times the {len(memory)} bytes of a weight are left on the disk")
-        self._weights.write(memory.data)
-        self._weights.flush()
-        return Region(len(memory), "own", offset=offset, crc=zlib.crc32(memory.data))
+        for part in (memory.data, padding):
+            self._weights.write(part)
+            self.crc = zlib.crc32(part, self.crc)
+        return Region(len(memory), "own", offset=offset)
 
 
 def weights_of(model: Decoder) -> Iterator[tuple[Tensor, str, Shape | None]]:

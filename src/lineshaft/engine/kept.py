@@ -1,18 +1,16 @@
 """A start that was kept: an engine from the native calls that an earlier start recorded, without importing torch.
 
     program.msgpack    the calls, with places for addresses; where each place's bytes come from; what the engine must know
-    weights.bin        bytes that are not in the checkpoint as the kernels read them
+    weights.bin        weights as the kernels read them: all, or those that can't be packed anew from the checkpoint
 
-Dense weights are packed anew from the checkpoint (ADR 0014: as fast as reading them packed). The first tokens' logits must have the
-bits that they had when the start was kept, or it is given up. Written by keeping.py.
+The first tokens' logits must have the bits that they had when the start was kept, or it is given up. Written by keeping.py.
 """
 
 from __future__ import annotations
 
-import mmap
-import zlib
+import shutil
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lineshaft.base.caches import is_ours
+from lineshaft.base.errors import Corrupt
 from lineshaft.base.machine import available_memory_bytes, resident_memory_bytes
-from lineshaft.base.pages import huge, place
+from lineshaft.base.pages import huge
 from lineshaft.base.terminal import say
 from lineshaft.engine.buffers import StepBuffers
 from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.kept_weights import Bytes, Files, Region
 from lineshaft.engine.page_memory import PageMemory
 from lineshaft.engine.program import Choices, Floats, Program
 from lineshaft.engine.rounds import Bounds, Rounds
@@ -37,28 +37,9 @@ from lineshaft.ops.isa import STEP_CALLS, library
 from lineshaft.sched.groups import layer_groups
 from lineshaft.sched.plan import Plan
 
-PROGRAM, WEIGHTS = "program.msgpack", "weights.bin"
+PROGRAM = "program.msgpack"
 CACHE_SHARE = 0.5
 """As in preflight.py: of what is left beside weights and activations the cache takes at most so much, unless a size was asked for."""
-
-Bytes = npt.NDArray[np.uint8]
-
-
-class Region(msgspec.Struct, frozen=True):
-    """Memory that calls name places in. `size`: bytes."""
-
-    size: int
-    kind: Literal["work", "buffer", "pages", "file", "dense", "own"]
-    """work: what a step leaves; buffer: of StepBuffers, pages: of PageMemory, both the next one in their order; file: bytes of a
-    checkpoint's file; dense: packed from such bytes; own: bytes of weights.bin."""
-    file: str = ""
-    offset: int = 0
-    """In that file, or in weights.bin."""
-    crc: int = 0
-    """zlib.crc32 of own bytes."""
-    shape: tuple[int, int, int] = (0, 0, 0)
-    """Of what is packed: kind of numbers (packed.h), inputs, outputs."""
-
 
 class Place(msgspec.Struct, frozen=True):
     """An address: so many bytes into a region."""
@@ -94,26 +75,42 @@ class Kept(msgspec.Struct, frozen=True):
     threads: int
     config: dict[str, Any]
     """Settings of the engine, with what was settled when it was loaded."""
+    cache_asked: bool
+    """The size of its cache was asked for, not settled."""
     bounds: dict[str, Any]
     pages: list[int]
     token_bytes: list[int]
+    crc: int
+    """zlib.crc32 of weights.bin."""
     fingerprint: str
+    """Of the first tokens' logits (warm.py)."""
     facts: dict[str, Any]
     """What whoever asked for the engine was told of it."""
 
 
 @dataclass(frozen=True)
 class Reopened:
-    """An engine that is ready, and what was told of it when it was kept."""
+    """An engine that is ready, what was told of it when it was kept, and where that was."""
 
     engine: Rounds
     facts: dict[str, Any]
+    root: Path
+    files: Files
+    crc: int
+
+    def settle(self) -> None:
+        """Move weights that are read where the file lies into memory, and look through them. Raises Corrupt, and removes what was kept,
+        when they are not what was written: the engine must not work on."""
+        found = self.files.move_in()
+        if found is not None and found != self.crc:
+            shutil.rmtree(self.root, ignore_errors=True)
+            raise Corrupt(f"{self.root}: kept weights are not those that were written; removed, the next start is a new one")
 
 
 class KeptRunner:
     """Runs plans by a kept program. Implements Runs."""
 
-    def __init__(self, program: Program, cache: PageMemory, memory: Sequence[Bytes]) -> None:
+    def __init__(self, program: Program, cache: PageMemory, *memory: object) -> None:
         """`memory`: what the program's addresses lie in; it must live as long."""
         self.most_rows = program.buffers.most_rows
         self.logits, self.hidden = program.logits, program.hidden
@@ -136,48 +133,57 @@ class KeptRunner:
         return tokens.tolist()
 
 
-def reopened(folder: Path, config: EngineConfig) -> Reopened | None:
-    """The engine of a start that was kept for this checkpoint and these settings; None where there is none that can be used.
-
-    Raises Corrupt for an artifact whose bytes are not those of its manifest: it is looked through as it is for any start.
-    """
-    if not (config.keep_start and config.batch_invariant and starts_of(folder).is_dir() and library()):
+def kept_for(folder: Path, config: EngineConfig) -> Path | None:
+    """The folder of a start that was kept for this checkpoint and these settings."""
+    if not (config.keep_start != "off" and config.batch_invariant and starts_of(folder).is_dir() and library()):
         return None
     try:
         root = starts_of(folder) / start_key(folder, config)
-        if not (root / PROGRAM).is_file() or not is_ours(root):
-            return None
+    except OSError:  # of the checkpoint: loading tells it better
+        return None
+    return root if root.is_dir() else None
+
+
+def only_one(folder: Path) -> Path | None:
+    """The start that was kept for a checkpoint folder, whatever the settings were; None where there is none, or several."""
+    found = [path for path in starts_of(folder).glob("*") if not path.name.startswith(".")]
+    return found[0] if len(found) == 1 and library() else None
+
+
+def reopened(folder: Path, root: Path) -> Reopened | None:
+    """The engine of the start that was kept in `root` for the checkpoint in `folder`. None, and a line that says why, where it can't be
+    used, or gives other numbers than it did.
+
+    Raises Corrupt for an artifact whose bytes are not those of its manifest: it is looked through as it is for any start.
+    """
+    try:
+        if not is_ours(root):
+            raise ValueError("others may write into its folder")
         kept = msgspec.msgpack.decode((root / PROGRAM).read_bytes(), type=Kept)
-        if not _fits(kept, config):
-            return None
+        if not _fits(kept):
+            raise ValueError("there is less memory than it takes")
         with ThreadPoolExecutor(1) as beside:
-            checked = beside.submit(check_artifact, folder)
-            engine = _engine(folder, root, kept)
-            same = fingerprint(engine) == kept.fingerprint
-            _raised(checked)
+            checked, files = beside.submit(check_artifact, folder), Files(folder, root)
+            engine = _engine(folder, files, kept)
+            if fingerprint(engine) != kept.fingerprint:
+                raise ValueError("it gives other numbers than it did")
+            checked.result()
     except (OSError, ValueError, KeyError, TypeError, IndexError, msgspec.MsgspecError) as error:
-        say(f"the start that was kept can't be used ({type(error).__name__}: {error}): starting anew")
+        say(f"the start that was kept can't be used ({error}): starting anew")
         return None
-    if not same:
-        say("the start that was kept gives other numbers than it did: starting anew")
-        return None
-    return Reopened(engine, kept.facts)
+    return Reopened(engine, kept.facts, root, files, kept.crc)
 
 
-def _raised(checked: Future[None]) -> None:
-    checked.result()
-
-
-def _fits(kept: Kept, config: EngineConfig) -> bool:
+def _fits(kept: Kept) -> bool:
     """Is there the memory that it takes, with a cache as large as a new start would allow?"""
     weights = sum(region.size for region in kept.regions if region.kind in ("file", "dense", "own"))
     work = sum(region.size for region in kept.regions if region.kind == "work")
     cache = sum(region.size for region in kept.regions if region.kind == "pages")
     left = available_memory_bytes() - resident_memory_bytes() - weights - work
-    return cache <= (left if config.cache_bytes is not None else CACHE_SHARE * left)
+    return cache <= (left if kept.cache_asked else CACHE_SHARE * left)
 
 
-def _engine(folder: Path, root: Path, kept: Kept) -> Rounds:
+def _engine(folder: Path, files: Files, kept: Kept) -> Rounds:
     native: Any = library()
     native.set_threads(kept.threads)
     config, model = EngineConfig.model_validate(kept.config), load_config(folder)
@@ -185,16 +191,16 @@ def _engine(folder: Path, root: Path, kept: Kept) -> Rounds:
     cache = PageMemory(groups, kept.pages, config.page_tokens, kept.token_bytes)
     bounds, limits = Bounds(**{**kept.bounds, "ends": frozenset(kept.bounds["ends"])}), config.scheduler
     buffers = StepBuffers(len(groups), config.page_tokens, limits.step_tokens, limits.max_batch, bounds.context_tokens)
-    memory = _memory(folder, root, kept.regions, cache, buffers)
+    memory = _memory(files, kept.regions, cache, buffers)
     step = _recorded(native, kept, memory)
     program = Program(step, buffers, _array(kept.hidden, memory), _array(kept.logits, memory))
-    return Rounds(bounds, config, cache, KeptRunner(program, cache, memory))
+    return Rounds(bounds, config, cache, KeptRunner(program, cache, memory, files))
 
 
-def _memory(folder: Path, root: Path, regions: Sequence[Region], cache: PageMemory, buffers: StepBuffers) -> list[Bytes]:
+def _memory(files: Files, regions: Sequence[Region], cache: PageMemory, buffers: StepBuffers) -> list[Bytes]:
     """The bytes of every region, weights with what they hold."""
     pages = iter(memory for layer in cache.memory for memory in layer)
-    numbers, files, found = iter(buffers.named().values()), Files(folder, root), list[Bytes]()
+    numbers, found = iter(buffers.named().values()), list[Bytes]()
     for region in regions:
         if region.kind == "pages":
             own = np.frombuffer(next(pages), np.uint8)
@@ -208,42 +214,6 @@ def _memory(folder: Path, root: Path, regions: Sequence[Region], cache: PageMemo
             raise ValueError(f"a region of {region.size} bytes has {len(own)}")
         found.append(own)
     return found
-
-
-class Files:
-    """The bytes that weights are made of."""
-
-    def __init__(self, folder: Path, root: Path) -> None:
-        """`folder`: of the checkpoint. `root`: of the kept start."""
-        self._folder, self._root = folder, root
-        self._mapped: dict[Path, Bytes] = {}
-
-    def weight(self, region: Region) -> Bytes:
-        """A weight as the kernels read it, in memory of its own. ValueError where its bytes are not what they were."""
-        taken = place(region.size)
-        out = np.frombuffer(taken.memory, np.uint8, region.size, taken.offset)
-        if region.kind == "dense":
-            kind, inputs, outputs = region.shape
-            native: Any = library()
-            if native.packed_bytes(kind, inputs, outputs, 0, False) != region.size:
-                raise ValueError(f"a weight of {outputs} x {inputs} does not pack to {region.size} bytes")
-            source = self._source(self._folder / region.file, region.offset, inputs * outputs * (4 if kind == 0 else 2))
-            native.pack_dense(kind, inputs, outputs, source.ctypes.data, inputs, out.ctypes.data)
-        else:
-            path = self._root / WEIGHTS if region.kind == "own" else self._folder / region.file
-            out[:] = self._source(path, region.offset, region.size)
-            if region.kind == "own" and zlib.crc32(out.data) != region.crc:
-                raise ValueError(f"{path} is damaged")
-        return out
-
-    def _source(self, path: Path, offset: int, size: int) -> Bytes:
-        if path not in self._mapped:
-            with path.open("rb") as file:
-                self._mapped[path] = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        found = self._mapped[path][offset : offset + size]
-        if len(found) != size:
-            raise ValueError(f"{path} ends before byte {offset + size}")
-        return found
 
 
 def _recorded(native: Any, kept: Kept, memory: Sequence[Bytes]) -> Any:

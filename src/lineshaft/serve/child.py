@@ -18,6 +18,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -149,6 +150,7 @@ def load_engine(orders: Orders) -> tuple[Engine, Ready]:
     ConfigError, Corrupt."""
     from lineshaft.serve import reopening  # waits for `import_engine`, as does the next one
 
+    _prepared.wait()
     folder, config = Path(orders.folder), load_config(EngineConfig, orders.engine)
     if (found := reopening.reopened(folder, config)) is not None:
         return found
@@ -172,11 +174,26 @@ def _settled(loaded: tuple[Engine, Ready]) -> tuple[Engine, Ready]:
     return loaded
 
 
+_prepared = threading.Event()
+"""A start that was kept has been opened, or none is expected."""
+
+
 def import_engine() -> None:
     """Import what an engine needs, without knowing which: orders may take as long to come. Torch only where no start was kept."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    importlib.import_module("lineshaft.serve.reopening" if _kept(sys.argv[1:]) else "lineshaft.serve.loading")
+    hint = sys.argv[1:]
+    if not _kept(hint):
+        _prepared.set()
+        importlib.import_module("lineshaft.serve.loading")
+        return
+    try:
+        from lineshaft.serve import reopening
+
+        with suppress(LineshaftError):  # who orders this checkpoint is told
+            reopening.open_ahead(Path(hint[0]))
+    finally:
+        _prepared.set()
 
 
 def _kept(hint: list[str]) -> bool:

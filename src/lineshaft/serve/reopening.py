@@ -1,25 +1,62 @@
-"""An engine for the server from a start that was kept. Free of torch: see loading.py for the others."""
+"""An engine for the server from a start that was kept (engine/kept.py). Free of torch: see loading.py for the others.
+
+Which start it will be hangs on settings that the server has yet to read. But as a rule a checkpoint has one, so that one is opened
+ahead, while the server imports its web framework.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
+from lineshaft.base.errors import Corrupt
+from lineshaft.base.terminal import say
 from lineshaft.engine import kept
 from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.kept import Reopened
 from lineshaft.engine.rounds import Rounds
 from lineshaft.serve.frames import Ready
+
+_ahead: Reopened | None = None
+
+
+def open_ahead(folder: Path) -> None:
+    """Open the start that was kept for a checkpoint folder, if it is the only one, for `reopened` to give. Raises Corrupt."""
+    global _ahead  # noqa: PLW0603 # of this process
+    if (root := kept.only_one(folder)) is not None:
+        _ahead = kept.reopened(folder, root)
+
+
+def _settle(found: Reopened) -> None:
+    """What goes wrong ends the process: no answer may come from such weights. The server tells everybody, and starts another."""
+    with suppress(OSError, AttributeError):  # a sandbox may forbid it, and macOS has none
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    try:
+        found.settle()
+    except (Corrupt, OSError) as error:
+        say(f"{error}")
+        sys.stderr.flush()
+        os._exit(1)
 
 
 def reopened(folder: Path, config: EngineConfig) -> tuple[Rounds, Ready] | None:
     """The engine, warm, and what the server is told of it; None where no start was kept that can be used. Raises Corrupt."""
-    began = time.monotonic()
-    found = kept.reopened(folder, config)
+    global _ahead  # of this process
+    began, root = time.monotonic(), kept.kept_for(folder, config)
+    found, _ahead = _ahead, None
+    if root is None or found is None or found.root != root:
+        found = None  # what was opened ahead goes first: both may not fit
+        found = kept.reopened(folder, root) if root else None
     if found is None:
         return None
     ready = msgspec.convert(found.facts, Ready)
-    ready.told[-1] = f"a start that was kept, loaded and warm in {time.monotonic() - began:.2f} s, its numbers tried (docs/serving.md)"
-    found.engine.cache.get_ready()  # goes on beside the first requests
+    ready.told[-1] = f"a start that was kept, asked for and ready in {time.monotonic() - began:.2f} s, its numbers tried (docs/serving.md)"
+    found.engine.cache.get_ready()  # goes on beside the first requests, as does the next
+    threading.Thread(target=_settle, args=(found,), name="moving weights in", daemon=True).start()
     return found.engine, ready
