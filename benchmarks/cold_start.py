@@ -4,7 +4,7 @@
 
 Two Llamas with random weights, half a billion parameters in bfloat16 and a tiny one, in a temporary folder (or in --keep, where
 they are found again). First start: nothing is kept, and the kernel is asked to forget the weights' pages. Second: what the first one kept
-is used, and the weights are still in memory. Anew: still in memory, but nothing kept (engine.keep_start=off). Beside it the floor of
+is used, and the weights are still in memory. Anew: still in memory, but nothing kept (engine.keep_start=nothing). Beside it the floor of
 a start anew: a Python that imports torch and ends. --int8: of the large one as `lineshaft compress` stores it.
 """
 
@@ -91,7 +91,7 @@ def start(folder: Path, cache: Path, keep: str) -> dict[str, float]:
             answer.readline()
             first = time.monotonic() - began
             answer.read()
-        while keep != "off" and not kept(cache):
+        while keep != "nothing" and not kept(cache):
             time.sleep(0.1)
         server.terminate()
         told = server.stderr.read()
@@ -146,7 +146,7 @@ def measured(folder: Path, repeats: int, cache: Path, keep: str) -> dict[str, li
         shutil.rmtree(cache, ignore_errors=True)
         forget(folder)
         for which, found in runs.items():
-            found.append(start(folder, cache, keep="off" if which == "anew" else keep))
+            found.append(start(folder, cache, keep="nothing" if which == "anew" else keep))
             assert found[-1]["kept"] == (which == "second"), which
     return runs
 

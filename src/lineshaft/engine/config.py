@@ -35,8 +35,8 @@ class EngineConfig(Config):
     batch_invariant: bool = True
     """A request's numbers are the same bits alone and in any company, in one go or in chunks, from the cache or not (on processors).
     False: products and attention as fast as PyTorch has them, whose last bits depend on the batch."""
-    keep_start: Literal["weights", "program", "off"] = "weights"
+    keep_start: Literal["weights", "program", "nothing"] = "weights"
     """What the first start of a server leaves in the user's cache folder, so that the next one with the same checkpoint and settings is
     ready sooner (docs/serving.md). weights: all that it worked out, as large as the model; program: only what can't be made from the
-    checkpoint again, little where weights are dense; off: nothing, and nothing is looked for."""
+    checkpoint again, little where weights are dense; nothing: nor is anything looked for."""
     scheduler: SchedulerConfig = SchedulerConfig()

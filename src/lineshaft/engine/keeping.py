@@ -55,7 +55,7 @@ def keep(engine: Engine, folder: Path, asked: EngineConfig, fingerprint: str, fa
     `asked`: the settings by which it will be found. `facts`: what `Reopened` is to give back.
     """
     native = engine.runner.native
-    if asked.keep_start == "off" or native is None or native.recorded is None:
+    if asked.keep_start == "nothing" or native is None or native.recorded is None:
         return None
     writer = _Writer(engine, native.recorded, folder, asked, fingerprint, facts)
     thread = threading.Thread(target=writer.write, name="keeping the start", daemon=True)

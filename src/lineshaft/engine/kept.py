@@ -135,7 +135,7 @@ class KeptRunner:
 
 def kept_for(folder: Path, config: EngineConfig) -> Path | None:
     """The folder of a start that was kept for this checkpoint and these settings."""
-    if not (config.keep_start != "off" and config.batch_invariant and starts_of(folder).is_dir() and library()):
+    if not (config.keep_start != "nothing" and config.batch_invariant and starts_of(folder).is_dir() and library()):
         return None
     try:
         root = starts_of(folder) / start_key(folder, config)
