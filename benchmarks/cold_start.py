@@ -146,7 +146,8 @@ def measured(folder: Path, repeats: int, cache: Path, keep: str) -> dict[str, li
         shutil.rmtree(cache, ignore_errors=True)
         forget(folder)
         for which, found in runs.items():
-            found.append(start(folder, cache, keep="nothing" if which == "anew" else keep))
+            own = cache.with_name("nothing") if which == "anew" else cache
+            found.append(start(folder, own, keep="nothing" if which == "anew" else keep))
             assert found[-1]["kept"] == (which == "second"), which
     return runs
 

@@ -148,14 +148,15 @@ def _next(channel: Channel) -> ToEngine | None:
 def load_engine(orders: Orders) -> tuple[Engine, Ready]:
     """The engine that was ordered, warm: one whose start was kept, else a new one. Raises what loading raises: DoesNotFit, ModelError,
     ConfigError, Corrupt."""
-    from lineshaft.serve import reopening  # waits for `import_engine`, as does the next one
-
-    _prepared.wait()
     folder, config = Path(orders.folder), load_config(EngineConfig, orders.engine)
-    if (found := reopening.reopened(folder, config)) is not None:
-        return found
-    expect(folder, copied=_packs(orders))
-    from lineshaft.serve import loading
+    if starts_of(folder).is_dir():
+        from lineshaft.serve import reopening
+
+        _prepared.wait()
+        if (found := reopening.reopened(folder, config)) is not None:
+            return found
+    expect(folder, copied=_packs(orders))  # while `import_engine` is at it
+    from lineshaft.serve import loading  # waits for it
 
     return loading.loaded(folder, config)
 
