@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in child processes: tiny models lose by threads
+os.environ["LINESHAFT_CACHE"] = tempfile.mkdtemp(prefix="lineshaft-tests-")  # not the user's; each process of the suite has its own
+atexit.register(shutil.rmtree, os.environ["LINESHAFT_CACHE"], ignore_errors=True)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a suite started in the background: its children would not hear Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -17,9 +17,9 @@ from lineshaft.serve.frames import Failed, Frames, Orders, ToServer, framed
 
 def test_the_process_started_ahead_is_given_once_and_the_next_one_is_new(monkeypatch):
     made = spawn.spawn
-    monkeypatch.setattr(spawn, "spawn", lambda: made([sys.executable, "-c", "import sys; sys.stdin.read()"]))
-    spawn.spawn_ahead()
-    first, second = spawn.taken(), spawn.taken()
+    monkeypatch.setattr(spawn, "spawn", lambda command: made([sys.executable, "-c", "import sys; sys.stdin.read()"]))
+    spawn.spawn_ahead("some/checkpoint")
+    first, second = spawn.taken("some/checkpoint"), spawn.taken("some/checkpoint")
     assert first.process.pid != second.process.pid
     for spawned in (first, second):
         assert spawned.process.poll() is None
@@ -28,13 +28,13 @@ def test_the_process_started_ahead_is_given_once_and_the_next_one_is_new(monkeyp
 
 
 def test_what_fails_ahead_is_told_when_the_process_is_taken(monkeypatch):
-    def refused():
+    def refused(command):
         raise EngineError("no more processes")
 
     monkeypatch.setattr(spawn, "spawn", refused)
-    spawn.spawn_ahead()
+    spawn.spawn_ahead("some/checkpoint")
     with pytest.raises(EngineError, match="no more processes"):
-        spawn.taken()
+        spawn.taken("some/checkpoint")
 
 
 def test_it_ends_with_a_server_that_dies_before_it_gives_orders():

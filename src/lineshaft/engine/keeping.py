@@ -16,7 +16,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from torch import Tensor
 from lineshaft.base.files import sync_folder
 from lineshaft.base.terminal import say
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.kept import PROGRAM, Kept, Place, Result
+from lineshaft.engine.kept import PROGRAM, Kept, Place, Result, write
 from lineshaft.engine.kept_weights import LINE, WEIGHTS, Bytes, Files, Region
 from lineshaft.engine.loop import Engine
 from lineshaft.engine.start_key import start_key, starts_of
@@ -116,8 +115,7 @@ class _Writer:
             fingerprint=self._fingerprint,
             facts=self._facts,
         )
-        (draft / PROGRAM).write_bytes(msgspec.msgpack.encode(kept))
-        sync_folder(draft / PROGRAM)
+        write(draft / PROGRAM, kept)
 
 
 class _Places:

@@ -1,6 +1,6 @@
 """A start that was kept: an engine from the native calls that an earlier start recorded, without importing torch.
 
-    program.msgpack    the calls, with places for addresses; where each place's bytes come from; what the engine must know
+    program.msgpack    CRC32, then the calls, with places for addresses; where each place's bytes come from; what the engine must know
     weights.bin        weights as the kernels read them: all, or those that can't be packed anew from the checkpoint
 
 The first tokens' logits must have the bits that they had when the start was kept, or it is given up. Written by keeping.py.
@@ -9,6 +9,7 @@ The first tokens' logits must have the bits that they had when the start was kep
 from __future__ import annotations
 
 import shutil
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from lineshaft.base.caches import is_ours
 from lineshaft.base.errors import Corrupt
+from lineshaft.base.files import sync_folder
 from lineshaft.base.machine import available_memory_bytes, resident_memory_bytes
 from lineshaft.base.pages import huge
 from lineshaft.base.terminal import say
@@ -38,6 +40,7 @@ from lineshaft.sched.groups import layer_groups
 from lineshaft.sched.plan import Plan
 
 PROGRAM = "program.msgpack"
+_CRC_BYTES = 4
 CACHE_SHARE = 0.5
 """As in preflight.py: of what is left beside weights and activations the cache takes at most so much, unless a size was asked for."""
 
@@ -86,6 +89,21 @@ class Kept(msgspec.Struct, frozen=True):
     """Of the first tokens' logits (warm.py)."""
     facts: dict[str, Any]
     """What whoever asked for the engine was told of it."""
+
+
+def write(path: Path, kept: Kept) -> None:
+    """CRC32, then MessagePack; on the disk when this returns."""
+    body = msgspec.msgpack.encode(kept)
+    path.write_bytes(zlib.crc32(body).to_bytes(_CRC_BYTES, "little") + body)
+    sync_folder(path)
+
+
+def read(path: Path) -> Kept:
+    """What `write` wrote. Raises ValueError for anything else."""
+    content = path.read_bytes()
+    if zlib.crc32(content[_CRC_BYTES:]) != int.from_bytes(content[:_CRC_BYTES], "little"):
+        raise ValueError(f"{path} is damaged")
+    return msgspec.msgpack.decode(content[_CRC_BYTES:], type=Kept)
 
 
 @dataclass(frozen=True)
@@ -152,24 +170,26 @@ def only_one(folder: Path) -> Path | None:
 
 def reopened(folder: Path, root: Path) -> Reopened | None:
     """The engine of the start that was kept in `root` for the checkpoint in `folder`. None, and a line that says why, where it can't be
-    used, or gives other numbers than it did.
+    used; one that is damaged, or gives other numbers than it did, is removed.
 
     Raises Corrupt for an artifact whose bytes are not those of its manifest: it is looked through as it is for any start.
     """
     try:
         if not is_ours(root):
             raise ValueError("others may write into its folder")
-        kept = msgspec.msgpack.decode((root / PROGRAM).read_bytes(), type=Kept)
+        kept = read(root / PROGRAM)
         if not _fits(kept):
-            raise ValueError("there is less memory than it takes")
+            say("there is less memory than the start that was kept would take: starting anew")
+            return None
         with ThreadPoolExecutor(1) as beside:
             checked, files = beside.submit(check_artifact, folder), Files(folder, root)
             engine = _engine(folder, files, kept)
             if fingerprint(engine) != kept.fingerprint:
                 raise ValueError("it gives other numbers than it did")
             checked.result()
-    except (OSError, ValueError, KeyError, TypeError, IndexError, msgspec.MsgspecError) as error:
-        say(f"the start that was kept can't be used ({error}): starting anew")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration, msgspec.MsgspecError) as error:
+        say(f"the start that was kept can't be used, and is removed ({str(error) or type(error).__name__}): starting anew")
+        shutil.rmtree(root, ignore_errors=True)
         return None
     return Reopened(engine, kept.facts, root, files, kept.crc)
 
