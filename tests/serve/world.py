@@ -22,9 +22,9 @@ from lineshaft.serve.worker import Worker
 MODEL = "fake-1"
 
 
-def until(condition):
+def until(condition, seconds=15):
     """Look again and again until it is so."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         threading.Event().wait(0.005)  # lets the other threads run

@@ -1,0 +1,122 @@
+"""`lineshaft serve` a second time: from what the first start kept, with the same answers, whatever happens to it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from fake_engine import tokenizer
+from world import until
+
+from lineshaft.engine import kept
+from lineshaft.model.checkpoint import save_checkpoint
+from lineshaft.model.config import GroupedQueryAttention, ModelConfig
+from lineshaft.model.decoder import Decoder
+from lineshaft.model.folder import load_config
+from lineshaft.ops.isa import library
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or library() is None, reason="needs Linux and the native kernels")
+KEPT = "a start that was kept, asked for and ready in"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = tmp_path / "model"
+    made.mkdir()
+    (made / "tokenizer.json").write_text(tokenizer()._description)
+    (made / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>", "eos_token": "<eos>"}))
+    shape = ModelConfig(
+        family="llama", hidden_size=32, num_hidden_layers=2, intermediate_size=64, max_position_embeddings=128, vocab_size=320,
+        attention=GroupedQueryAttention(kind="gqa", num_attention_heads=4, num_key_value_heads=2, head_dim=8),
+        bos_token_id=tokenizer().bos_id, eos_token_ids=[tokenizer().eos_id], initializer_range=0.3,
+    )  # fmt: skip
+    model = Decoder(shape)
+    model.initialise(0)
+    save_checkpoint(model, made, made)
+    return made
+
+
+@contextmanager
+def serving(folder, tmp_path):
+    """Its address, its process, and what it says."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "lineshaft.cli.start", "serve", str(folder), "--port", "0"]
+    with log.open("w") as said:
+        process = subprocess.Popen(command, stderr=said, env=os.environ | {"LINESHAFT_CACHE": str(tmp_path / "cache")})
+        try:
+            until(lambda: "ready in" in log.read_text() or process.poll() is not None, seconds=120)
+            yield re.search(r"listening on (\S+)", log.read_text())[1], process, log.read_text
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def answered(url):
+    ask = {"model": "model", "prompt": "the price", "max_tokens": 12, "temperature": 0.9, "seed": 3, "logprobs": 2, "ignore_eos": True}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(ask).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["choices"]
+
+
+def programs(tmp_path):
+    return [path for path in tmp_path.glob("cache/starts/*/*/program.msgpack") if not path.parent.name.startswith(".")]
+
+
+def engines(process):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(number) for number in children]
+
+
+def loads_torch(number):
+    return "libtorch" in Path(f"/proc/{number}/maps").read_text()
+
+
+def test_a_second_start_answers_like_the_first_and_loads_no_torch(folder, tmp_path):
+    with serving(folder, tmp_path) as (url, process, said):
+        wanted = answered(url)
+        until(lambda: programs(tmp_path), seconds=60)
+        assert KEPT not in said()
+        assert loads_torch(*engines(process))
+    with serving(folder, tmp_path) as (url, process, said):
+        assert KEPT in said()
+        assert answered(url) == wanted
+        (engine,) = engines(process)
+        assert not loads_torch(engine)
+        os.kill(engine, signal.SIGKILL)
+        until(lambda: said().count(KEPT) == 2, seconds=60)  # so does the engine that is started after a failure
+        assert answered(url) == wanted
+
+
+def test_weights_that_are_not_those_that_were_written_end_the_engine_and_the_next_one_starts_anew(folder, tmp_path):
+    with serving(folder, tmp_path) as (url, _, _):
+        wanted = answered(url)
+        until(lambda: programs(tmp_path), seconds=60)
+    (path,) = programs(tmp_path)
+    found = kept.read(path)
+    kept.write(path, msgspec.structs.replace(found, crc=found.crc ^ 1))  # as if a weight had changed that the first tokens do not show
+    with serving(folder, tmp_path) as (url, process, said):
+        until(lambda: "loaded in" in said(), seconds=60)
+        assert "kept weights are not those that were written; removed" in said()
+        assert answered(url) == wanted
+        until(lambda: programs(tmp_path), seconds=60)
+        assert loads_torch(*engines(process))
+
+
+def test_a_checkpoint_that_was_changed_is_started_anew(folder, tmp_path):
+    with serving(folder, tmp_path) as (url, _, _):
+        before = answered(url)
+        until(lambda: programs(tmp_path), seconds=60)
+    other = Decoder(load_config(folder))
+    other.initialise(1)
+    save_checkpoint(other, folder, folder)
+    with serving(folder, tmp_path) as (url, _, said):
+        assert KEPT not in said()
+        assert answered(url) != before
+
