@@ -67,10 +67,11 @@ def told(engine: Rounds) -> list[Event]:
     """All that some requests hear: chunked, side by side, beginning alike, with scores, an embedding, penalties and luck of their own."""
     text = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3]
     alike = Sampling(max_tokens=9, top_p=0.9, logprobs=2, frequency_penalty=0.5, ignore_eos=True)
+    engine.submit(Ask(text, alike.model_copy(update={"seed": 7}), copies=3))
+    events = [event for _ in range(5) for event in engine.step()]  # alone: its copies share a page that each writes into
     for number, task in enumerate(["generate", "score", "embed", "generate", "score", "generate", "embed"]):
         sampling = alike.model_copy(update={"temperature": number % 3 / 2, "seed": number})
         engine.submit(Ask([*text[: 5 + 2 * number], number], sampling, task, copies=1 if task == "embed" else 2))
-    events: list[Event] = []
     while not engine.idle:
         events += engine.step()
         engine.scheduler.check()
