@@ -76,6 +76,18 @@ def test_equally_likely_tokens_are_listed_by_their_ids() -> None:
     assert len(score(np.zeros(3, np.float32), 1, 20).top) == 3
 
 
+@given(st.integers(1, 700), st.integers(1, 20), st.integers(0, 999), st.sampled_from([np.inf, 3.0, 0.0]))
+def test_the_likeliest_are_those_of_a_sort(width: int, top: int, seed: int, ceiling: float) -> None:
+    """Ties too: a low ceiling makes many of the greatest equal."""
+    logits = np.minimum(np.random.default_rng(seed).normal(size=width).astype(np.float32) * 4, np.float32(ceiling))
+    chances = torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()
+    order = np.lexsort((np.arange(width), -logits))[:top]
+    got = score(logits, int(order[0]), top)
+    assert [token for token, _ in got.top] == order.tolist()
+    assert [chance for _, chance in got.top] == pytest.approx(chances[order].tolist(), abs=1e-5)
+    assert got.logprob == pytest.approx(chances[order[0]], abs=1e-5)
+
+
 def test_an_embedding_is_the_mean_of_the_final_hidden_states(model: Decoder) -> None:
     (got,) = [event for event in told(chunked(model), Ask(PROMPT, Sampling(max_tokens=1), "embed")) if isinstance(event, Pooled)]
     with torch.inference_mode():

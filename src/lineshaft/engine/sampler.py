@@ -11,6 +11,9 @@ from lineshaft.engine.program import Choices, Floats
 from lineshaft.sched.request import Request, Score
 
 
+_ROWS = 64
+
+
 class Sampler:
     """Keeps one random generator a request, so that a seed gives the same answer in any company."""
 
@@ -72,11 +75,16 @@ def score(logits_V: Floats, token: int, top: int) -> Score:
     with np.errstate(invalid="ignore"):  # infinite logits are no numbers afterwards, as they should be
         chances_V = logits_V - greatest
         chances_V -= np.log(np.exp(chances_V).sum())
-    likeliest: list[tuple[int, float]] = []
-    if top:
-        top = min(top, len(chances_V))
-        least = np.partition(chances_V, -top)[-top]
-        ids = np.flatnonzero(chances_V >= least)
-        ranked = sorted(zip(ids.tolist(), chances_V[ids].tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
-        likeliest = ranked[:top]
-    return Score(float(chances_V[token]), tuple(likeliest))
+    return Score(float(chances_V[token]), _likeliest(chances_V, top) if top else ())
+
+
+def _likeliest(chances_V: Floats, top: int) -> tuple[tuple[int, float], ...]:
+    """Of every 64th number, and every 64th from the next one on, and so on, the greatest: as many are at least as great as the last of
+    the `top` greatest of these, and few others are. Looking for that among all would take several times as long as all the rest."""
+    columns = len(chances_V) // _ROWS
+    least = np.float32(-np.inf)
+    if columns >= top:
+        least = np.partition(chances_V[: _ROWS * columns].reshape(_ROWS, columns).max(0), -top)[-top]
+    ids = np.flatnonzero(chances_V >= least)
+    ranked = sorted(zip(ids.tolist(), chances_V[ids].tolist(), strict=True), key=lambda pair: (-pair[1], pair[0]))
+    return tuple(ranked[:top])
