@@ -1,4 +1,6 @@
 """The engine: many requests at once through the one model, over a paged cache.
 
-Read `loop` (the whole engine is one `step`), then `runner`, `cache`, `attend`, `sampler`; `llm` is the offline API.
+Read `rounds` (the whole engine is one `step`) and `loop`, which makes it around a model; then `runner`, `cache`, `attend`, `sampler`;
+`llm` is the offline API.
+`keeping` and `kept` are how a second start does without torch.
 """

@@ -10,7 +10,6 @@ from lineshaft.engine.penalties import alter, wanted
 from lineshaft.engine.program import Choices, Floats
 from lineshaft.sched.request import Request, Score
 
-
 _ROWS = 64
 
 

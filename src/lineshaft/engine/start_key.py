@@ -56,7 +56,7 @@ def _stamps(paths: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
 
 def _code() -> list[Path]:
     """Our own files, and one of torch's that a new version replaces."""
-    own = [path for folder in lineshaft.__path__ for kind in ("*.so", "[eomsb]*/*.py") for path in Path(folder).glob(kind)]
+    own = [path for folder in lineshaft.__path__ for kind in ("*.so", "**/*.py") for path in Path(folder).glob(kind)]
     torch = importlib.util.find_spec("torch")
     return [*own, *([Path(torch.origin).parent / "version.py"] if torch and torch.origin else [])]
 
