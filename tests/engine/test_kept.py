@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,9 +16,9 @@ import pytest
 import torch
 
 from lineshaft.base.errors import Corrupt
-from lineshaft.engine import keeping, kept
+from lineshaft.engine import keeping, kept, start_key
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.keeping import keep
+from lineshaft.engine.keeping import Asked, keep
 from lineshaft.engine.kept_weights import WEIGHTS
 from lineshaft.engine.loop import Engine
 from lineshaft.engine.rounds import Rounds
@@ -25,7 +27,7 @@ from lineshaft.engine.warm import fingerprint
 from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.ops.formats import DENSE, Integer
-from lineshaft.ops.isa import library
+from lineshaft.ops.isa import STEP_CALLS, library
 from lineshaft.sched.request import Ask, Event, Sampling
 
 Tiny = Callable[..., Decoder]
@@ -51,8 +53,9 @@ def settings(**more: object) -> EngineConfig:
 
 def started(folder: Path, config: EngineConfig) -> Engine:
     """The engine of a first start, when what it leaves is on the disk."""
+    asked = Asked.now(folder, config)
     engine = Engine.load(folder, config)
-    thread = keep(engine, folder, config, fingerprint(engine), FACTS)
+    thread = keep(engine, asked, fingerprint(engine), FACTS)
     assert thread is not None
     thread.join()
     return engine
@@ -204,6 +207,8 @@ def changed_program(root: Path, **fields: object) -> None:
         ({"calls": [["system", ["true"]]]}, "system is no call of a step"),
         ({"calls": [["add", [0, {"region": 0, "offset": 1 << 40}, 0, 0, 1, 1]]]}, "byte 1099511627776 of a region"),
         ({"calls": [["add", [0, {"region": 10**6, "offset": 0}, 0, 0, 1, 1]]]}, "index out of range"),
+        ({"calls": [["add", [0, 1 << 20, 0, 0, 1, 1]]]}, "Expected `object`, got `int`"),
+        ({"key": "another"}, "it was kept under another name"),
         ({"token_bytes": [64]}, "StopIteration"),
     ],
 )
@@ -236,6 +241,7 @@ def test_damaged_weights_are_found_by_the_first_tokens_or_when_they_are_moved_in
         if again is not None:
             with pytest.raises(Corrupt, match="kept weights are not those that were written"):
                 again.settle()
+            shutil.rmtree(root)  # as the server does
         assert not root.exists()
     assert False in found  # some flips change no logit that was looked at
 
@@ -265,20 +271,113 @@ def test_what_can_t_be_kept_leaves_nothing(
 ) -> None:
     folder = stored(tiny("llama"), tmp_path / "model")
     if planted == "full disk":
-        monkeypatch.setattr(keeping, "ROOM", 1 << 60)
+        size = (folder / "model.safetensors").stat().st_size
+        monkeypatch.setattr(keeping.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size))  # room for each weight, not for all
     elif planted == "no place":
         own_cache.write_text("a file is in the way")
     elif planted == "memory that is nobody's":
         monkeypatch.setattr(keeping, "weights_of", lambda model: iter(list(_weights_of(model))[:-3]))
     else:
-        keys = iter("ab")
-        monkeypatch.setattr(keeping, "start_key", lambda *_: next(keys))
+        write = keeping._Writer._write_into
+        monkeypatch.setattr(keeping._Writer, "_write_into", lambda *args: (write(*args), (folder / "config.json").touch()))
     started(folder, settings())
     assert not list(own_cache.glob("starts/*/*"))
-    assert ("this start is not kept" in capfd.readouterr().err) == (planted != "changed meanwhile")
+    assert "this start is not kept" in capfd.readouterr().err
 
 
 _weights_of = keeping.weights_of
+
+
+def test_a_checkpoint_that_is_changed_while_it_is_loaded_is_not_kept(tiny: Tiny, tmp_path: Path, own_cache: Path) -> None:
+    """Else what was loaded would be found under the name of what is there now."""
+    folder = stored(tiny("llama"), tmp_path / "model")
+    asked = Asked.now(folder, settings())
+    engine = Engine.load(folder, settings())
+    other = tiny("llama")
+    other.initialise(9)
+    stored(other, folder)
+    thread = keep(engine, asked, fingerprint(engine), FACTS)
+    assert thread is not None
+    thread.join()
+    assert kept.kept_for(folder, settings()) is None
+    assert not list(own_cache.glob("starts/*/*"))
+
+
+def test_every_address_of_a_call_is_known_as_one(tiny: Tiny) -> None:
+    """An address taken for a number would be another process's in the next start."""
+    for family, dtype, held, _ in CASES:
+        engine = Engine(tiny(family).to(dtype), settings(cache_dtype=held))
+        assert engine.runner.native is not None
+        recorded = engine.runner.native.recorded
+        assert recorded is not None
+        places = keeping._Places(engine, recorded)
+        for name, args in recorded.calls:
+            places.of_call(name, args)  # all at these places are addresses
+        known = [(own.ctypes.data, own.ctypes.data + len(own)) for own, _ in places._all]
+        for name, args in recorded.calls:
+            others = [arg for place, arg in enumerate(args) if place not in STEP_CALLS[name]]
+            numbers = [number for arg in others for number in (arg if isinstance(arg, tuple | list) else [arg])]
+            assert not [number for number in numbers if any(start <= number < stop for start, stop in known)], name
+
+
+def test_a_program_of_another_build_is_not_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is opened before the settings are known."""
+    folder = stored(tiny("llama"), tmp_path / "model")
+    started(folder, settings())
+    root = kept.only_one(folder)
+    assert root is not None
+    monkeypatch.setattr(start_key, "VERSION", -1)
+    monkeypatch.setattr(kept, "_engine", lambda *_: pytest.fail("it was run"))
+    assert kept.reopened(folder, root) is None
+    assert root.exists()
+
+
+def test_a_start_that_ended_the_process_which_opened_it_is_removed(tiny: Tiny, tmp_path: Path) -> None:
+    folder = stored(tiny("llama"), tmp_path / "model")
+    started(folder, settings())
+    root = kept.only_one(folder)
+    assert root is not None
+    (root / f"opening-{os.getppid()}").touch()  # of one that is still at it
+    assert kept.reopened(folder, root) is not None
+    (root / f"opening-{2**30}").touch()
+    assert kept.reopened(folder, root) is None
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(12, "no memory"), MemoryError("none"), RuntimeError("busy")])
+def test_what_passes_is_no_damage(tiny: Tiny, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = stored(tiny("llama"), tmp_path / "model")
+    started(folder, settings())
+    root = kept.only_one(folder)
+    assert root is not None
+
+    def raised(size: int) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept, "huge", raised)
+        assert kept.reopened(folder, root) is None
+    assert kept.reopened(folder, root) is not None
+
+
+def test_a_start_that_is_there_is_not_written_again(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = stored(tiny("llama"), tmp_path / "model")
+    started(folder, settings())
+    monkeypatch.setattr(keeping._Writer, "_write_into", lambda *_: pytest.fail("written again"))
+    started(folder, settings())
+
+
+def test_a_user_without_a_cache_has_no_starts(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("could not determine home directory")
+
+    folder = stored(tiny("llama"), tmp_path / "model")
+    monkeypatch.delenv("LINESHAFT_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    started(folder, settings())
+    assert kept.kept_for(folder, settings()) is None
+    assert kept.only_one(folder) is None
 
 
 def test_the_checkpoints_that_were_started_last_are_kept(
@@ -288,13 +387,17 @@ def test_the_checkpoints_that_were_started_last_are_kept(
     folders = [stored(tiny("llama"), tmp_path / name) for name in "abc"]
     for folder in folders:
         started(folder, settings())
-    assert [kept.kept_for(folder, settings()) is None for folder in folders] == [True, False, False]
+        if folder.name == "b":  # opening one is using it
+            os.utime(starts_of(folders[0]), (0, 0))
+            os.utime(starts_of(folders[1]), (1, 1))
+            assert opened(folders[0], settings()) is not None
+    assert [kept.kept_for(folder, settings()) is None for folder in folders] == [False, True, False]
     assert len(list((own_cache / "starts").iterdir())) == 2
 
 
 def test_nothing_is_kept_or_looked_for_where_that_is_asked(tiny: Tiny, tmp_path: Path, own_cache: Path) -> None:
     folder, config = stored(tiny("llama"), tmp_path / "model"), settings(keep_start="nothing")
     engine = Engine.load(folder, config)
-    assert keep(engine, folder, config, fingerprint(engine), FACTS) is None
+    assert keep(engine, Asked.now(folder, config), fingerprint(engine), FACTS) is None
     assert kept.kept_for(folder, config) is None
     assert not own_cache.exists()

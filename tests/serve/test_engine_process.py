@@ -269,6 +269,7 @@ def test_the_engines_process_sets_how_much_torch_keeps_unless_the_user_has(monke
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "to be restored")
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.setattr("sys.argv", ["child"])
     found = {}
     monkeypatch.setattr("importlib.import_module", lambda name: found.update(os.environ, imported=name))
     child.import_engine()

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from lineshaft.model.config import GroupedQueryAttention, ModelConfig
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.folder import load_config
 from lineshaft.ops.isa import library
+from lineshaft.serve import child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or library() is None, reason="needs Linux and the native kernels")
 KEPT = "a start that was kept, asked for and ready in"
@@ -44,12 +46,12 @@ def folder(tmp_path):
 
 
 @contextmanager
-def serving(folder, tmp_path):
+def serving(folder, tmp_path, **environment):
     """Its address, its process, and what it says."""
     log = tmp_path / "log"
     command = [sys.executable, "-m", "lineshaft.cli.start", "serve", str(folder), "--port", "0"]
     with log.open("w") as said:
-        process = subprocess.Popen(command, stderr=said, env=os.environ | {"LINESHAFT_CACHE": str(tmp_path / "cache")})
+        process = subprocess.Popen(command, stderr=said, env=os.environ | {"LINESHAFT_CACHE": str(tmp_path / "cache")} | environment)
         try:
             until(lambda: "ready in" in log.read_text() or process.poll() is not None, seconds=120)
             yield re.search(r"listening on (\S+)", log.read_text())[1], process, log.read_text
@@ -103,7 +105,7 @@ def test_weights_that_are_not_those_that_were_written_end_the_engine_and_the_nex
     kept.write(path, msgspec.structs.replace(found, crc=found.crc ^ 1))  # as if a weight had changed that the first tokens do not show
     with serving(folder, tmp_path) as (url, process, said):
         until(lambda: "loaded in" in said(), seconds=60)
-        assert "kept weights are not those that were written; removed" in said()
+        assert "kept weights are not those that were written" in said()
         assert answered(url) == wanted
         until(lambda: programs(tmp_path), seconds=60)
         assert loads_torch(*engines(process))
@@ -120,3 +122,24 @@ def test_a_checkpoint_that_was_changed_is_started_anew(folder, tmp_path):
         assert KEPT not in said()
         assert answered(url) != before
 
+
+def test_another_number_of_threads_is_another_start_with_that_number(folder, tmp_path):
+    for threads in ("2", "1"):
+        with serving(folder, tmp_path, OMP_NUM_THREADS=threads) as (_, _, said):
+            assert KEPT not in said()
+            assert f"; threads: {threads}" in said()
+            until(lambda number=threads: [kept.read(path).threads for path in programs(tmp_path)] == [int(number)], seconds=60)
+    with serving(folder, tmp_path, OMP_NUM_THREADS="1") as (_, _, said):
+        assert KEPT in said()
+        assert "; threads: 1" in said()
+
+
+@pytest.mark.parametrize("hint", [[], ["--set=" + "x" * 300], ["nothing/there"], ["a\0b"]])
+def test_whatever_names_the_checkpoint_nobody_waits_for_ever(hint, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["child", *hint])
+    monkeypatch.setattr(child, "_prepared", threading.Event())
+    imported = []
+    monkeypatch.setattr("importlib.import_module", imported.append)
+    child.import_engine()
+    assert child._prepared.is_set()
+    assert imported in ([], ["lineshaft.serve.loading"])

@@ -10,7 +10,7 @@ VARIABLE = "LINESHAFT_CACHE"
 
 
 def cache_root() -> Path:
-    """The folder; it need not exist yet."""
+    """The folder; it need not exist yet. RuntimeError for a user without a home."""
     if own := os.environ.get(VARIABLE):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lineshaft"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import sys
 import weakref
 import zlib
 from pathlib import Path
@@ -14,10 +15,12 @@ from lineshaft.base.pages import HUGE, touch
 PIECE = 64 << 20
 """Bytes that are moved at a time."""
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
+_libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
-_libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+if sys.platform == "linux":
+    _libc.mremap.restype = ctypes.c_void_p
+    _libc.mremap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
 _NONE, _READ, _PRIVATE, _FIXED, _ANONYMOUS = 0, mmap.PROT_READ, mmap.MAP_PRIVATE, 0x10, mmap.MAP_ANONYMOUS
 _MAY_MOVE, _MOVE_TO = 1, 2
 """MREMAP_MAYMOVE and MREMAP_FIXED of <sys/mman.h>."""
@@ -36,6 +39,10 @@ class MappedFile:
             self.address = -(-base // HUGE) * HUGE
             weakref.finalize(self, _libc.munmap, base, length)
             _checked(_libc.mmap(self.address, self.size, _READ, _PRIVATE | _FIXED, file.fileno(), 0))
+
+    def crc(self) -> int:
+        """zlib.crc32 of all."""
+        return zlib.crc32((ctypes.c_char * self.size).from_address(self.address))
 
     def move_in(self) -> int:
         """Copy all into memory of our own, piece by piece, and put each in the file's place: whoever reads meanwhile sees the same bytes.

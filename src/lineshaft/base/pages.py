@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ class _Stock:
 
 
 _stock: _Stock | None = None
+_lock = threading.RLock()
+"""Of it: a start may be kept while another thread takes places."""
 
 
 def make_ready(size: int) -> None:
@@ -72,25 +75,27 @@ def touch(memory: mmap.mmap | int, size: int) -> None:
 def place(size: int) -> Place:
     """Zero bytes that nobody else has: of what was made ready, else new ones. Small places share a mapping, which then has huge pages."""
     global _stock  # noqa: PLW0603 # of this process
-    if _stock is not None and (found := _stock.take(size)):
+    with _lock:
+        if _stock is not None and (found := _stock.take(size)):
+            return found
+        if size > SHARED // 4:
+            return Place(huge(size), 0)
+        leave_rest()
+        _stock = _Stock(SHARED)
+        found = _stock.take(size)
+        assert found is not None
         return found
-    if size > SHARED // 4:
-        return Place(huge(size), 0)
-    leave_rest()
-    _stock = _Stock(SHARED)
-    found = _stock.take(size)
-    assert found is not None
-    return found
 
 
 def leave_rest() -> None:
     """Give back what was made ready and is not used."""
     global _stock  # noqa: PLW0603 # of this process
-    if _stock is not None:
-        first = -(-_stock.used // HUGE) * HUGE
-        if first < len(_stock.memory):
-            _stock.memory.madvise(mmap.MADV_DONTNEED, first)
-        _stock = None
+    with _lock:
+        if _stock is not None:
+            first = -(-_stock.used // HUGE) * HUGE
+            if first < len(_stock.memory):
+                _stock.memory.madvise(mmap.MADV_DONTNEED, first)
+            _stock = None
 
 
 def expect(folder: Path, copied: bool) -> None:

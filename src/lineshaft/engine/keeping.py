@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,20 +21,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lineshaft.base.caches import is_ours
 from lineshaft.base.files import sync_folder
 from lineshaft.base.terminal import say
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.kept import PROGRAM, Kept, Place, Result, write
 from lineshaft.engine.kept_weights import LINE, WEIGHTS, Bytes, Files, Region
 from lineshaft.engine.loop import Engine
-from lineshaft.engine.start_key import start_key, starts_of
+from lineshaft.engine.start_key import start_basis, start_key, starts_of
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.hf.names import to_file
 from lineshaft.model.linear import Linear
 from lineshaft.model.moe import OutputGate, Router
 from lineshaft.model.rope import speeds
 from lineshaft.ops.formats import Dense
-from lineshaft.ops.isa import library
+from lineshaft.ops.isa import STEP_CALLS, library
 from lineshaft.ops.packed import Packed
 from lineshaft.ops.packing import Shape
 from lineshaft.ops.recording import Recorded
@@ -44,62 +46,95 @@ ROOM = 4
 """The disk must have so many times the bytes that are written."""
 _STALE_S = 3600
 """After so long what is half written is left over from a process that has gone."""
-_LOWEST_ADDRESS = 1 << 32
-"""No size or stride in a call is as large, and no address of a 64-bit process is smaller."""
 
 
-def keep(engine: Engine, folder: Path, asked: EngineConfig, fingerprint: str, facts: dict[str, Any]) -> threading.Thread | None:
+@dataclass(frozen=True)
+class Asked:
+    """What a start hangs on. To be made before anything is read: what changes while it is loaded is noticed."""
+
+    folder: Path
+    config: EngineConfig
+    """The settings by which it will be found."""
+    basis: str
+
+    @classmethod
+    def now(cls, folder: Path, config: EngineConfig) -> Asked | None:
+        """None where no start is to be kept, or it can't be said what it hangs on."""
+        if config.keep_start == "nothing" or library() is None or sys.platform != "linux":
+            return None
+        with suppress(OSError):
+            return cls(folder, config, start_basis(folder))
+        return None
+
+    @property
+    def key(self) -> str:
+        """See start_key.py."""
+        return start_key(self.basis, self.config)
+
+
+def keep(engine: Engine, asked: Asked | None, fingerprint: str, facts: dict[str, Any]) -> threading.Thread | None:
     """Keep the start of this engine in a thread of low priority. None where there is nothing to keep: steps are not recorded.
 
-    `asked`: the settings by which it will be found. `facts`: what `Reopened` is to give back.
+    `facts`: what `Reopened` is to give back.
     """
     native = engine.runner.native
-    if asked.keep_start == "nothing" or native is None or native.recorded is None:
+    if asked is None or native is None or native.recorded is None:
         return None
-    writer = _Writer(engine, native.recorded, folder, asked, fingerprint, facts)
+    writer = _Writer(engine, native.recorded, asked, fingerprint, facts)
     thread = threading.Thread(target=writer.write, name="keeping the start", daemon=True)
     thread.start()
     return thread
 
 
 class _Writer:
-    def __init__(
-        self, engine: Engine, recorded: Recorded, folder: Path, asked: EngineConfig, fingerprint: str, facts: dict[str, Any]
-    ) -> None:
-        self._engine, self._recorded, self._folder, self._asked = engine, recorded, folder, asked
+    def __init__(self, engine: Engine, recorded: Recorded, asked: Asked, fingerprint: str, facts: dict[str, Any]) -> None:
+        self._engine, self._recorded, self._asked = engine, recorded, asked
         self._fingerprint, self._facts = fingerprint, facts
 
     def write(self) -> None:
-        """Into a folder beside, which takes its place when all of it is on the disk. What goes wrong is said; serving goes on."""
-        with suppress(OSError, AttributeError):  # a sandbox may forbid it, and macOS has none
+        """What goes wrong is said; serving goes on."""
+        with suppress(OSError):  # a sandbox may forbid it
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         try:
-            home, key = starts_of(self._folder), start_key(self._folder, self._asked)
+            home = starts_of(self._asked.folder)
             home.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft = home / f".{key}-{os.getpid()}"
-            draft.mkdir(mode=0o700)
-            try:
-                self._write_into(draft)
-                if start_key(self._folder, self._asked) == key and not (home / key).exists():  # else the checkpoint was changed meanwhile
-                    draft.rename(home / key)
-                    sync_folder(home / key)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
-            _tidy(home, key)
-        except (OSError, ValueError) as error:
+            if not (home / self._asked.key).exists():  # one that can't be used now is left
+                self._write_beside(home)
+        except (OSError, ValueError, RuntimeError) as error:
             say(f"this start is not kept, so the next one takes as long: {error}")
+
+    def _write_beside(self, home: Path) -> None:
+        """Into a folder that takes its place when all of it is on the disk."""
+        key = self._asked.key
+        draft = home / f".{key}-{os.getpid()}"
+        draft.mkdir(mode=0o700)
+        try:
+            if not is_ours(draft):
+                raise OSError(f"{draft}: others may write there, whatever mode it is given")
+            self._write_into(draft)
+            if start_basis(self._asked.folder) != self._asked.basis:
+                raise ValueError("the checkpoint, or our own code, was changed meanwhile")
+            draft.rename(home / key)
+            sync_folder(home)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):
+            _tidy(home, key)
 
     def _write_into(self, draft: Path) -> None:
         places = _Places(self._engine, self._recorded)
-        calls = [(name, [places.of(arg) for arg in args]) for name, args in self._recorded.calls]
+        calls = [(name, places.of_call(name, args)) for name, args in self._recorded.calls]
         hidden, logits = (_result(tensor, places) for tensor in (self._recorded.output, self._recorded.finished))
         with (draft / WEIGHTS).open("xb") as weights:
-            sources = _Sources(self._engine.model, self._folder, draft, weights, self._asked.keep_start == "program")
-            regions = [sources.traced(memory, region) for memory, region in zip(places.memory, places.regions, strict=True)]
+            small = self._asked.config.keep_start == "program"
+            sources = _Sources(self._engine.model, self._asked.folder, draft, weights, small)
+            regions = sources.traced(places.memory, places.regions)
             os.fsync(weights.fileno())
         native: Any = library()
         bounds = asdict(self._engine.bounds)
         kept = Kept(
+            basis=self._asked.basis,
+            key=self._asked.key,
             calls=calls,
             body=self._recorded.body,
             regions=regions,
@@ -108,7 +143,7 @@ class _Writer:
             threads=native.threads(),
             config=self._engine.config.model_dump(mode="json"),
             crc=sources.crc,
-            cache_asked=self._asked.cache_bytes is not None,
+            cache_asked=self._asked.config.cache_bytes is not None,
             bounds={**bounds, "ends": sorted(bounds["ends"])},
             pages=self._engine.cache.pages,
             token_bytes=self._engine.cache.token_bytes,
@@ -137,20 +172,24 @@ class _Places:
         self._all = known
         self._numbers = {own.ctypes.data: number for number, own in enumerate(self.memory)}
 
-    def of(self, arg: Any) -> Any:
-        """The argument, with a Place in place of an address. ValueError for one that lies in no memory we know."""
-        if isinstance(arg, list | tuple):
-            return [self.of(item) for item in arg]
-        if isinstance(arg, bool) or not isinstance(arg, int) or arg < _LOWEST_ADDRESS:
-            return arg
-        at = bisect_right(self._known, (arg, len(self._all))) - 1
+    def of_call(self, name: str, args: Sequence[Any]) -> list[Any]:
+        """The arguments, with Places for addresses."""
+        return [self.of(arg) if place in STEP_CALLS[name] else arg for place, arg in enumerate(args)]
+
+    def of(self, address: Any) -> Any:
+        """The Place of an address, or of each of a list. ValueError for one that lies in no memory we know."""
+        if isinstance(address, list | tuple):
+            return [self.of(item) for item in address]
+        if address == 0:
+            return address
+        at = bisect_right(self._known, (address, len(self._all))) - 1
         own, kind = self._all[self._known[at][1]]
         start = own.ctypes.data
-        if at < 0 or not start <= arg < start + len(own):
+        if at < 0 or not start <= address < start + len(own):
             raise ValueError("a recorded call names memory that is none of the model's")
         if start not in self._numbers:
             self._numbers[start] = self._take(own, kind)
-        return Place(self._numbers[start], arg - start)
+        return Place(self._numbers[start], address - start)
 
     def _take(self, memory: Bytes, kind: Any) -> int:
         self.memory.append(memory)
@@ -172,8 +211,16 @@ class _Sources:
         for tensor, name, shape in weights_of(model):
             self._names.setdefault(tensor.data_ptr(), (to_file(model.config.family, name), shape))
 
-    def traced(self, memory: Bytes, region: Region) -> Region:
-        """The region with its source; as it is where it holds no weight."""
+    def traced(self, memory: Sequence[Bytes], regions: Sequence[Region]) -> list[Region]:
+        """The regions, those of weights with their sources. OSError where the disk is too full."""
+        found = [self._source(own, region) for own, region in zip(memory, regions, strict=True)]
+        wanted = sum(region.size for region in found if region.kind == "own")
+        if shutil.disk_usage(self._weights.name).free < ROOM * wanted:
+            raise OSError(f"{self._weights.name}: the disk has less than {ROOM} times the {wanted} bytes of these weights left")
+        return [self._written(own) if region.kind == "own" else region for own, region in zip(memory, found, strict=True)]
+
+    def _source(self, memory: Bytes, region: Region) -> Region:
+        """The region as it is where its weight must be written, or it holds none."""
         if region.kind != "own":
             return region
         name, shape = self._names[memory.ctypes.data]
@@ -181,7 +228,7 @@ class _Sources:
             found = self._in_checkpoint(wanted, shape, len(memory))
             if found and np.array_equal(self._files.weight(found), memory):
                 return found
-        return self._written(memory)
+        return region
 
     def _in_checkpoint(self, name: str, shape: Shape | None, size: int) -> Region | None:
         if name not in self._stored:
@@ -195,8 +242,6 @@ class _Sources:
 
     def _written(self, memory: Bytes) -> Region:
         offset, padding = self._weights.tell(), bytes(-len(memory) % LINE)
-        if shutil.disk_usage(self._weights.name).free < ROOM * len(memory):
-            raise OSError(f"{self._weights.name}: less than {ROOM} times the {len(memory)} bytes of a weight are left on the disk")
         for part in (memory.data, padding):
             self._weights.write(part)
             self.crc = zlib.crc32(part, self.crc)

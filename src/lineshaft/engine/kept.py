@@ -8,10 +8,12 @@ The first tokens' logits must have the bits that they had when the start was kep
 
 from __future__ import annotations
 
+import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,10 +31,10 @@ from lineshaft.base.terminal import say
 from lineshaft.engine.buffers import StepBuffers
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.kept_weights import Bytes, Files, Region
-from lineshaft.engine.page_memory import PageMemory
+from lineshaft.engine.page_memory import CACHE_SHARE, PageMemory
 from lineshaft.engine.program import Choices, Floats, Program
 from lineshaft.engine.rounds import Bounds, Rounds
-from lineshaft.engine.start_key import start_key, starts_of
+from lineshaft.engine.start_key import any_kept, start_basis, start_key, starts_of
 from lineshaft.engine.warm import fingerprint
 from lineshaft.model.folder import check_artifact, load_config
 from lineshaft.ops.isa import STEP_CALLS, library
@@ -41,8 +43,7 @@ from lineshaft.sched.plan import Plan
 
 PROGRAM = "program.msgpack"
 _CRC_BYTES = 4
-CACHE_SHARE = 0.5
-"""As in preflight.py: of what is left beside weights and activations the cache takes at most so much, unless a size was asked for."""
+
 
 class Place(msgspec.Struct, frozen=True):
     """An address: so many bytes into a region."""
@@ -68,8 +69,11 @@ class Result(msgspec.Struct, frozen=True):
 class Kept(msgspec.Struct, frozen=True):
     """What program.msgpack holds."""
 
+    basis: str
+    key: str
+    """See start_key.py; the folder is named by the key."""
     calls: list[tuple[str, list[Any]]]
-    """A function of the library and its arguments; where one is a table it is a Place."""
+    """A function of the library and its arguments, Places for addresses (isa.STEP_CALLS)."""
     body: int
     """Calls before those that make logits."""
     regions: list[Region]
@@ -117,12 +121,10 @@ class Reopened:
     crc: int
 
     def settle(self) -> None:
-        """Move weights that are read where the file lies into memory, and look through them. Raises Corrupt, and removes what was kept,
-        when they are not what was written: the engine must not work on."""
-        found = self.files.move_in()
-        if found is not None and found != self.crc:
-            shutil.rmtree(self.root, ignore_errors=True)
-            raise Corrupt(f"{self.root}: kept weights are not those that were written; removed, the next start is a new one")
+        """Move weights that are read where the file lies into memory, and look through them. Raises Corrupt when they are not what was
+        written: the engine must not work on, nor may what was kept stay."""
+        if self.files.move_in() not in (None, self.crc):
+            raise Corrupt(f"{self.root}: kept weights are not those that were written: the next start is a new one")
 
 
 class KeptRunner:
@@ -153,45 +155,75 @@ class KeptRunner:
 
 def kept_for(folder: Path, config: EngineConfig) -> Path | None:
     """The folder of a start that was kept for this checkpoint and these settings."""
-    if not (config.keep_start != "nothing" and config.batch_invariant and starts_of(folder).is_dir() and library()):
+    if config.keep_start == "nothing" or not config.batch_invariant or not any_kept(folder) or not library():
         return None
-    try:
-        root = starts_of(folder) / start_key(folder, config)
-    except OSError:  # of the checkpoint: loading tells it better
-        return None
-    return root if root.is_dir() else None
+    with suppress(OSError):  # of the checkpoint: loading tells it better
+        root = starts_of(folder) / start_key(start_basis(folder), config)
+        return root if root.is_dir() else None
+    return None
 
 
 def only_one(folder: Path) -> Path | None:
     """The start that was kept for a checkpoint folder, whatever the settings were; None where there is none, or several."""
-    found = [path for path in starts_of(folder).glob("*") if not path.name.startswith(".")]
+    found = any_kept(folder)
     return found[0] if len(found) == 1 and library() else None
 
 
 def reopened(folder: Path, root: Path) -> Reopened | None:
     """The engine of the start that was kept in `root` for the checkpoint in `folder`. None, and a line that says why, where it can't be
-    used; one that is damaged, or gives other numbers than it did, is removed.
+    used; one that is damaged, gives other numbers than it did, or ended the process that opened it, is removed.
 
     Raises Corrupt for an artifact whose bytes are not those of its manifest: it is looked through as it is for any start.
     """
     try:
-        if not is_ours(root):
-            raise ValueError("others may write into its folder")
-        kept = read(root / PROGRAM)
-        if not _fits(kept):
-            say("there is less memory than the start that was kept would take: starting anew")
-            return None
-        with ThreadPoolExecutor(1) as beside:
-            checked, files = beside.submit(check_artifact, folder), Files(folder, root)
-            engine = _engine(folder, files, kept)
-            if fingerprint(engine) != kept.fingerprint:
-                raise ValueError("it gives other numbers than it did")
-            checked.result()
-    except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration, msgspec.MsgspecError) as error:
+        with _opening(root):
+            return _reopened(folder, root)
+    except (ValueError, KeyError, TypeError, IndexError, StopIteration, FileNotFoundError, msgspec.MsgspecError) as error:
         say(f"the start that was kept can't be used, and is removed ({str(error) or type(error).__name__}): starting anew")
         shutil.rmtree(root, ignore_errors=True)
+    except (OSError, MemoryError, RuntimeError) as error:
+        say(f"the start that was kept can't be used now ({error}): starting anew")
+    return None
+
+
+def _reopened(folder: Path, root: Path) -> Reopened | None:
+    kept = read(root / PROGRAM)
+    if kept.key != root.name:
+        raise ValueError("it was kept under another name")
+    if kept.basis != start_basis(folder):
+        say("what the start that was kept hangs on was changed: starting anew")
         return None
+    if not _fits(kept):
+        say("there is less memory than the start that was kept would take: starting anew")
+        return None
+    with ThreadPoolExecutor(1) as beside:
+        checked, files = beside.submit(check_artifact, folder), Files(folder, root)
+        engine = _engine(folder, files, kept)
+        if fingerprint(engine) != kept.fingerprint:
+            raise ValueError("it gives other numbers than it did")
+        checked.result()
+    with suppress(OSError):
+        os.utime(root.parent)  # which counts as used (keeping.py)
     return Reopened(engine, kept.facts, root, files, kept.crc)
+
+
+@contextmanager
+def _opening(root: Path) -> Iterator[None]:
+    """Leaves a mark while it is open. ValueError where there is one of a process that ended meanwhile, or of others' making."""
+    if not is_ours(root):
+        raise ValueError("others may write into its folder")
+    for mark in root.glob("opening-*"):
+        number = int(mark.name.partition("-")[2])
+        if number == os.getpid() or not Path(f"/proc/{number}").exists():  # the first: of a container whose processes are numbered anew
+            raise ValueError("the process that opened it last ended over it")
+    mark = root / f"opening-{os.getpid()}"
+    with suppress(OSError):  # a cache that can only be read
+        mark.touch()
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            mark.unlink(missing_ok=True)
 
 
 def _fits(kept: Kept) -> bool:
@@ -245,19 +277,20 @@ def _recorded(native: Any, kept: Kept, memory: Sequence[Bytes]) -> Any:
                 native.finish_step()
             if name not in STEP_CALLS:
                 raise ValueError(f"{name} is no call of a step")
-            getattr(native, name)(*(_resolved(arg, memory) for arg in args))
+            places = STEP_CALLS[name]
+            getattr(native, name)(*(_address(arg, memory) if place in places else arg for place, arg in enumerate(args)))
     finally:
         step = native.end_step()
     return step
 
 
-def _resolved(arg: Any, memory: Sequence[Bytes]) -> Any:
-    if isinstance(arg, dict):
-        return _address(msgspec.convert(arg, Place), memory)
-    return [_resolved(item, memory) for item in arg] if isinstance(arg, list) else arg
-
-
-def _address(where: Place, memory: Sequence[Bytes]) -> int:
+def _address(arg: Any, memory: Sequence[Bytes]) -> Any:
+    """Of a Place, or of each of a list; 0 stands for none."""
+    if isinstance(arg, list):
+        return [_address(item, memory) for item in arg]
+    if arg == 0:
+        return arg
+    where = msgspec.convert(arg, Place)
     own = memory[where.region]
     if not 0 <= where.offset < len(own):
         raise ValueError(f"byte {where.offset} of a region of {len(own)}")

@@ -64,12 +64,15 @@ class Files:
         return out
 
     def move_in(self) -> int | None:
-        """See MappedFile.move_in; None where nothing is read in weights.bin, or there is no memory to move it to."""
+        """Move what is read in weights.bin into memory, if there is any left; zlib.crc32 of it. None where nothing is read there. OSError:
+        see MappedFile.move_in."""
+        if self._own is None:
+            return None
         try:
-            return self._own.move_in() if self._own else None
+            return self._own.move_in()
         except MemoryError as error:
             say(f"weights stay in pages of their file: {error}")
-            return None
+            return self._own.crc()
 
     def _written(self, region: Region) -> Bytes:
         """Where the file is mapped. It must outlive the array."""

@@ -15,6 +15,10 @@ from lineshaft.sched.groups import LayerGroup
 FIRST = 1 << 30
 """Bytes of the pages that are used first, to be ready before tokens come (`PageMemory.get_ready`)."""
 
+CACHE_SHARE = 0.5
+"""Of the memory that is left beside weights and activations, where no size was asked for: the rest is for what other programs and the
+files' own cache need."""
+
 
 class PageMemory:
     """`memory[layer]` holds the bytes of a layer's parts, keys and values for example: pages of B tokens, one after another.

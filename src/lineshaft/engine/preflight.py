@@ -12,6 +12,7 @@ from lineshaft.base.machine import available_memory_bytes, resident_memory_bytes
 from lineshaft.engine.cache import page_bytes
 from lineshaft.engine.cache_dtype import cache_dtype
 from lineshaft.engine.config import EngineConfig
+from lineshaft.engine.page_memory import CACHE_SHARE
 from lineshaft.engine.pool import DEFAULT_BYTES, context_of, pool_of
 from lineshaft.engine.tiles import working_bytes
 from lineshaft.model.config import ModelConfig
@@ -25,8 +26,6 @@ HOLES = 0.75
 """Share of a step's activations that lies unused in the heap, since steps of other sizes left other blocks (docs/preflight.md)."""
 LEAST_TOKENS = 512
 """No shorter context is proposed."""
-CACHE_SHARE = 0.5
-"""Of the memory that is left: the rest is for what other programs and the files' own cache need."""
 _SAMPLING_BYTES = 40
 """For each entry of one row of logits, by PyTorch: scaled, sorted with their places, summed up, made into chances.
 

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +27,35 @@ def starts_of(folder: Path) -> Path:
     return cache_root() / "starts" / _digest(str(folder.resolve()))
 
 
-def start_key(folder: Path, config: EngineConfig) -> str:
-    """Equal when a start would come to the same: checkpoint, settings, code, processor and threads.
+def any_kept(folder: Path) -> list[Path]:
+    """The starts that are kept for a checkpoint folder, as a rule one; none where the cache can't be looked at."""
+    with suppress(OSError, RuntimeError):
+        return [path for path in starts_of(folder).iterdir() if not path.name.startswith(".")]
+    return []
+
+
+def start_basis(folder: Path) -> str:
+    """Equal when a kept program means the same: checkpoint, code, processor and threads. It must not be run where it does not.
 
     Files count as the same while size, times and place on the disk are: a changed file has another time of change, whoever sets its
     other times back. Raises OSError where the checkpoint can't be looked at.
     """
     native: Any = library()
     return _digest(
-        json.dumps(
-            [
-                VERSION,
-                _stamps(path for path in folder.iterdir() if path.is_file()),
-                config.model_dump(mode="json"),
-                _stamps(_code()),
-                sys.version,
-                [native.chosen(), native.names(), len(os.sched_getaffinity(0))],
-                {name: os.environ.get(name) for name in _THREADS},
-            ]
-        )
+        [
+            VERSION,
+            _stamps(path for path in folder.iterdir() if path.is_file()),
+            _stamps(_code()),
+            sys.version,
+            [native.chosen(), native.names(), len(os.sched_getaffinity(0))],
+            {name: os.environ.get(name) for name in _THREADS},
+        ]
     )
+
+
+def start_key(basis: str, config: EngineConfig) -> str:
+    """Equal when the settings are, too."""
+    return _digest([basis, config.model_dump(mode="json")])
 
 
 def _stamps(paths: Iterable[Path]) -> list[tuple[str, int, int, int, int]]:
@@ -61,5 +71,5 @@ def _code() -> list[Path]:
     return [*own, *([Path(torch.origin).parent / "version.py"] if torch and torch.origin else [])]
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def _digest(content: object) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,11 +22,30 @@ FORCE = "LINESHAFT_ISA"
 """Environment variable: a lower instruction set than the best, or `none` for PyTorch alone."""
 MISSING = "native kernels are not installed: install g++ and cmake, then run the installation again; until then PyTorch computes, slower"
 
-STEP_CALLS = frozenset(
-    {"linear", "norm", "rope", "silu_mul", "add", "take_rows", "put_rows", "angles", "write_codes", "attention"}
-    | {"by_head", "join", "sigmoid", "scaled", "widen", "route", "experts"}
-)
-"""Functions of the library that a recorded step is made of."""
+STEP_CALLS: Mapping[str, frozenset[int]] = {
+    name: frozenset(places)
+    for name, places in {
+        "linear": (5, 6, 9, 11),
+        "norm": (1, 4, 6),
+        "rope": (1, 4, 5, 7),
+        "silu_mul": (1, 2, 3),
+        "add": (1, 2, 3),
+        "take_rows": (0, 2, 3),
+        "put_rows": (0, 3, 4),
+        "angles": (0, 1, 5, 6),
+        "write_codes": (1, 4, 5),
+        "attention": (2, 4, 7, 11, 12, 13, 23),
+        "by_head": (3, 5, 8),
+        "join": (0, 4, 8),
+        "sigmoid": (1, 2),
+        "scaled": (1, 2, 3),
+        "widen": (0, 1),
+        "route": (0, 1, 9, 10),
+        "experts": (4, 7, 9, 10, 11),
+    }.items()
+}
+"""Functions of the library that a recorded step is made of (native/src/module.cpp, bind_experts.cpp), and which of their arguments are
+addresses, or lists of them. 0 is one that is not given."""
 
 _library: ModuleType | None = None
 _tried = False
@@ -88,7 +108,7 @@ def _best(found: Any) -> str:
 def _share_threads(found: ModuleType) -> None:
     """Hand over the functions of torch's OpenMP; without them (another runtime than GNU's) there is one thread, which `describe` shows.
 
-    As many threads as torch uses, where it is imported, else as OpenMP would.
+    As many threads as torch uses, where it is imported, else as OpenMP would; `follow_torch` when it is imported later.
     """
     torch, most = sys.modules.get("torch"), 1
     spec = importlib.util.find_spec("torch")
@@ -98,4 +118,11 @@ def _share_threads(found: ModuleType) -> None:
         found.share_threads(*(ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value for name in names))
         most = openmp.omp_get_max_threads()
         break
-    found.set_threads(torch.get_num_threads() if torch else most)
+    told = getattr(torch, "get_num_threads", None)  # there is none while another thread still imports it
+    found.set_threads(told() if told else most)
+
+
+def follow_torch(threads: int) -> None:
+    """Use as many threads as torch does. A start that was kept, and then refused, may have chosen others."""
+    if (found := library()) is not None:
+        found.set_threads(threads)

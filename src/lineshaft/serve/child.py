@@ -30,7 +30,7 @@ from lineshaft.base.errors import LineshaftError, RequestError
 from lineshaft.base.pages import expect, leave_rest
 from lineshaft.base.terminal import say
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.start_key import starts_of
+from lineshaft.engine.start_key import any_kept
 from lineshaft.sched.load import Load
 from lineshaft.sched.request import Ask, Event, Refused, ends
 from lineshaft.serve.frames import Cancel, Channel, Failed, Orders, Ready, Step, Submit, ToEngine
@@ -149,10 +149,10 @@ def load_engine(orders: Orders) -> tuple[Engine, Ready]:
     """The engine that was ordered, warm: one whose start was kept, else a new one. Raises what loading raises: DoesNotFit, ModelError,
     ConfigError, Corrupt."""
     folder, config = Path(orders.folder), load_config(EngineConfig, orders.engine)
-    if starts_of(folder).is_dir():
+    _prepared.wait()
+    if any_kept(folder) or "lineshaft.serve.reopening" in sys.modules:  # the second: another one was opened ahead, and goes
         from lineshaft.serve import reopening
 
-        _prepared.wait()
         if (found := reopening.reopened(folder, config)) is not None:
             return found
     expect(folder, copied=_packs(orders))  # while `import_engine` is at it
@@ -183,27 +183,29 @@ def import_engine() -> None:
     """Import what an engine needs, without knowing which: orders may take as long to come. Torch only where no start was kept."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    hint = sys.argv[1:]
-    if not _kept(hint):
-        _prepared.set()
-        importlib.import_module("lineshaft.serve.loading")
-        return
     try:
-        from lineshaft.serve import reopening
-
-        with suppress(LineshaftError):  # who orders this checkpoint is told
-            reopening.open_ahead(Path(hint[0]))
+        if _opened_ahead(sys.argv[1:]):
+            return
     finally:
         _prepared.set()
+    importlib.import_module("lineshaft.serve.loading")
 
 
-def _kept(hint: list[str]) -> bool:
-    """Is there a start that may be the one? `hint`: what names the checkpoint, if that is known yet. A wrong guess costs some tenths of a
-    second."""
+def _opened_ahead(hint: list[str]) -> bool:
+    """Is a kept start expected, and so opened? `hint`: what names the checkpoint, if that is known yet. A wrong guess costs some tenths
+    of a second."""
     if not hint:
         return False
     folder = Path(hint[0])
-    return starts_of(folder).is_dir() if folder.is_dir() else any(cache_root().glob("starts/*"))
+    with suppress(OSError, RuntimeError):  # no path at all, or no cache
+        if not (any_kept(folder) if folder.is_dir() else any(cache_root().glob("starts/*"))):
+            return False
+        from lineshaft.serve import reopening
+
+        with suppress(LineshaftError):  # who orders this checkpoint is told
+            reopening.open_ahead(folder)
+        return True
+    return False
 
 
 def main(load: Callable[[Orders], tuple[Engine, Ready]] = load_engine, prepare: Callable[[], None] = import_engine) -> int:

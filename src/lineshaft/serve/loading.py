@@ -6,16 +6,17 @@ import time
 from pathlib import Path
 
 import msgspec
+import torch
 
 from lineshaft.engine import activations, cache_dtype
 from lineshaft.engine.cache import page_bytes
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.keeping import keep
+from lineshaft.engine.keeping import Asked, keep
 from lineshaft.engine.loop import Engine
 from lineshaft.engine.preflight import check_room
 from lineshaft.engine.warm import fingerprint, told, warm_up
 from lineshaft.model.cost import cost_of
-from lineshaft.ops.isa import describe
+from lineshaft.ops.isa import describe, follow_torch
 from lineshaft.ops.table import chosen, steady
 from lineshaft.serve.frames import Ready
 
@@ -25,7 +26,8 @@ def loaded(folder: Path, config: EngineConfig) -> tuple[Engine, Ready]:
 
     Raises DoesNotFit, ModelError, ConfigError.
     """
-    began, asked = time.monotonic(), config
+    follow_torch(torch.get_num_threads())
+    began, asked = time.monotonic(), Asked.now(folder, config)  # before anything is read
     config = check_room(folder, config)  # first: it takes no time, and a model that does not fit is the commonest mistake
     engine = Engine.load(folder, config)
     loaded_at = time.monotonic()
@@ -47,5 +49,6 @@ def loaded(folder: Path, config: EngineConfig) -> tuple[Engine, Ready]:
         told=lines,
     )
     cache.get_ready()  # goes on beside the first requests, as does
-    keep(engine, folder, asked, fingerprint(engine), msgspec.to_builtins(ready))
+    timeless = msgspec.structs.replace(ready, told=lines[:-1])
+    keep(engine, asked, fingerprint(engine), msgspec.to_builtins(timeless))
     return engine, ready
