@@ -103,14 +103,19 @@ def expect(folder: Path, copied: bool) -> None:
 
     What can't be read is left for loading to complain about.
     """
+    have_read(folder)
+    if copied:
+        with suppress(OSError):
+            make_ready(sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+
+
+def have_read(folder: Path) -> None:
+    """Have the system read a checkpoint's files."""
     with suppress(OSError):
-        files = list(folder.glob("*.safetensors"))
-        for path in files:
+        for path in folder.glob("*.safetensors"):
             with path.open("rb") as file:
                 if hasattr(os, "posix_fadvise"):  # not on macOS
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-        if copied:
-            make_ready(sum(path.stat().st_size for path in files))
 
 
 def huge(size: int) -> mmap.mmap:

@@ -27,19 +27,27 @@ def warm_up(engine: Rounds) -> bool | None:
 
     None where the engine does not promise that, or its cache is too small to try.
     """
+    return tried(engine)[0]
+
+
+def tried(engine: Rounds) -> tuple[bool | None, str]:
+    """The same, and the fingerprint."""
     if engine.context_tokens < max(TEXT, *COMPANY) + STEPS:
-        return None
-    alone = _answers(engine, [TEXT])
+        return None, fingerprint(engine)
+    (alone,) = _answers(engine, [TEXT])
     if not engine.config.batch_invariant:
-        return None
+        return None, _digest(alone)
     company = _answers(engine, [*COMPANY, TEXT])
-    return all(bool((one == other).all()) for one, other in zip(alone[-1], company[-1], strict=True))
+    return all(bool((one == other).all()) for one, other in zip(alone, company[-1], strict=True)), _digest(alone)
 
 
 def fingerprint(engine: Rounds) -> str:
     """Of the bits of the logits that a short text alone leads to; of nothing where the cache is too small for it."""
-    short = engine.context_tokens < TEXT + STEPS
-    return hashlib.blake2b(b"" if short else b"".join(logits_V.tobytes() for logits_V in _answers(engine, [TEXT])[0])).hexdigest()
+    return _digest(_answers(engine, [TEXT])[0] if engine.context_tokens >= TEXT + STEPS else [])
+
+
+def _digest(logits: list[Floats]) -> str:
+    return hashlib.blake2b(b"".join(logits_V.tobytes() for logits_V in logits)).hexdigest()
 
 
 def _answers(engine: Rounds, lengths: list[int]) -> list[list[Floats]]:

@@ -27,7 +27,7 @@ import msgspec
 from lineshaft.base.caches import cache_root
 from lineshaft.base.config import load as load_config
 from lineshaft.base.errors import LineshaftError, RequestError
-from lineshaft.base.pages import expect, leave_rest
+from lineshaft.base.pages import expect, have_read, leave_rest
 from lineshaft.base.terminal import say
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.start_key import any_kept
@@ -183,11 +183,14 @@ def import_engine() -> None:
     """Import what an engine needs, without knowing which: orders may take as long to come. Torch only where no start was kept."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    hint = sys.argv[1:]
     try:
-        if _opened_ahead(sys.argv[1:]):
+        if _opened_ahead(hint):
             return
     finally:
         _prepared.set()
+    if hint:  # where it is a folder: reading it from the disk may take as long as the imports
+        threading.Thread(target=have_read, args=(Path(hint[0]),), name="reading ahead", daemon=True).start()
     importlib.import_module("lineshaft.serve.loading")
 
 

@@ -14,7 +14,7 @@ from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.keeping import Asked, keep
 from lineshaft.engine.loop import Engine
 from lineshaft.engine.preflight import check_room
-from lineshaft.engine.warm import fingerprint, told, warm_up
+from lineshaft.engine.warm import told, tried
 from lineshaft.model.cost import cost_of
 from lineshaft.ops.isa import describe, follow_torch
 from lineshaft.ops.table import chosen, steady
@@ -31,7 +31,7 @@ def loaded(folder: Path, config: EngineConfig) -> tuple[Engine, Ready]:
     config = check_room(folder, config)  # first: it takes no time, and a model that does not fit is the commonest mistake
     engine = Engine.load(folder, config)
     loaded_at = time.monotonic()
-    same = warm_up(engine)
+    same, fingerprint = tried(engine)
     with steady(config.batch_invariant):
         kernels = ", ".join(f"{op} {origin}" for op, origin in chosen("cpu").items())
     weights = sum(tensor.nbytes for tensor in engine.model.state_dict().values())
@@ -50,5 +50,5 @@ def loaded(folder: Path, config: EngineConfig) -> tuple[Engine, Ready]:
     )
     cache.get_ready()  # goes on beside the first requests, as does
     timeless = msgspec.structs.replace(ready, told=lines[:-1])
-    keep(engine, asked, fingerprint(engine), msgspec.to_builtins(timeless))
+    keep(engine, asked, fingerprint, msgspec.to_builtins(timeless))
     return engine, ready
