@@ -38,5 +38,5 @@ class EngineConfig(Config):
     keep_start: Literal["weights", "program", "nothing"] = "weights"
     """What the first start of a server leaves in the user's cache folder, so that the next one with the same checkpoint and settings is
     ready sooner (docs/serving.md). weights: all that it worked out, as large as the model; program: only what can't be made from the
-    checkpoint again, little where weights are dense; nothing: nor is anything looked for."""
+    checkpoint again, little where weights are dense; nothing: nor is anything used."""
     scheduler: SchedulerConfig = SchedulerConfig()
