@@ -16,13 +16,15 @@ import pytest
 import torch
 
 from lineshaft.base.errors import Corrupt
-from lineshaft.engine import keeping, kept, start_key
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.keeping import Asked, keep
-from lineshaft.engine.kept_weights import WEIGHTS
 from lineshaft.engine.loop import Engine
 from lineshaft.engine.rounds import Rounds
-from lineshaft.engine.start_key import starts_of
+from lineshaft.engine.starts import format as layout
+from lineshaft.engine.starts import keep as keeping
+from lineshaft.engine.starts import key, places, reopen, sources
+from lineshaft.engine.starts.keep import Asked, keep
+from lineshaft.engine.starts.key import starts_of
+from lineshaft.engine.starts.weights import WEIGHTS
 from lineshaft.engine.warm import fingerprint
 from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.decoder import Decoder
@@ -61,9 +63,9 @@ def started(folder: Path, config: EngineConfig) -> Engine:
     return engine
 
 
-def opened(folder: Path, config: EngineConfig) -> kept.Reopened | None:
-    root = kept.kept_for(folder, config)
-    return kept.reopened(folder, root) if root else None
+def opened(folder: Path, config: EngineConfig) -> reopen.Reopened | None:
+    root = reopen.kept_for(folder, config)
+    return reopen.reopened(folder, root) if root else None
 
 
 def told(engine: Rounds) -> list[Event]:
@@ -120,7 +122,7 @@ def test_dense_weights_take_no_place_where_only_the_program_is_kept(tiny: Tiny, 
     sizes = {}
     for how in ("weights", "program"):
         started(folder, settings(keep_start=how))
-        root = kept.kept_for(folder, settings(keep_start=how))
+        root = reopen.kept_for(folder, settings(keep_start=how))
         assert root is not None
         sizes[how] = (root / WEIGHTS).stat().st_size
     assert sizes["weights"] >= (folder / "model.safetensors").stat().st_size / 2
@@ -131,13 +133,13 @@ def test_dense_weights_take_no_place_where_only_the_program_is_kept(tiny: Tiny, 
 WITHOUT_TORCH = """
 import sys
 from pathlib import Path
-from lineshaft.engine import kept
+from lineshaft.engine.starts import reopen
 from lineshaft.engine.config import EngineConfig
 from lineshaft.sched.request import Ask, Emitted, Sampling
 from lineshaft.serve import reopening
 
 folder, config = Path(sys.argv[1]), EngineConfig.model_validate_json(sys.argv[2])
-engine = kept.reopened(folder, kept.kept_for(folder, config)).engine
+engine = reopen.reopened(folder, reopen.kept_for(folder, config)).engine
 engine.submit(Ask([3, 1, 4, 1, 5], Sampling(max_tokens=6, temperature=0.8, seed=1, logprobs=1, ignore_eos=True)))
 tokens = []
 while not engine.idle:
@@ -162,7 +164,7 @@ def test_it_needs_no_torch(tiny: Tiny, tmp_path: Path) -> None:
 def test_what_it_hangs_on_was_changed(tiny: Tiny, tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, config = stored(tiny("llama"), tmp_path / "model"), settings()
     started(folder, config)
-    assert kept.kept_for(folder, config) is not None
+    assert reopen.kept_for(folder, config) is not None
     path = folder / ("model.safetensors" if changed == "weights" else "config.json")
     if changed in ("weights", "config"):
         before = path.stat()
@@ -174,7 +176,7 @@ def test_what_it_hangs_on_was_changed(tiny: Tiny, tmp_path: Path, changed: str, 
         (folder / "generation_config.json").write_text("{}")
     else:
         config = settings(max_context=32)
-    assert kept.kept_for(folder, config) is None
+    assert reopen.kept_for(folder, config) is None
 
 
 @pytest.mark.parametrize("cut", [True, False])
@@ -184,20 +186,20 @@ def test_a_damaged_program_is_removed_and_said(
 ) -> None:
     folder = stored(tiny("llama"), tmp_path / "model")
     started(folder, settings())
-    root = kept.kept_for(folder, settings())
+    root = reopen.kept_for(folder, settings())
     assert root is not None
-    content = bytearray((root / kept.PROGRAM).read_bytes())
+    content = bytearray((root / layout.PROGRAM).read_bytes())
     at = int(place * len(content))
     content[at:] = b"" if cut else bytes([content[at] ^ 4]) + content[at + 1 :]
-    (root / kept.PROGRAM).write_bytes(content)
-    assert kept.reopened(folder, root) is None
+    (root / layout.PROGRAM).write_bytes(content)
+    assert reopen.reopened(folder, root) is None
     assert "the start that was kept can't be used, and is removed" in capfd.readouterr().err
     assert not root.exists()
 
 
 def changed_program(root: Path, **fields: object) -> None:
-    found = msgspec.to_builtins(kept.read(root / kept.PROGRAM))
-    kept.write(root / kept.PROGRAM, msgspec.convert(found | fields, kept.Kept))
+    found = msgspec.to_builtins(layout.read(root / layout.PROGRAM))
+    layout.write(root / layout.PROGRAM, msgspec.convert(found | fields, layout.Kept))
 
 
 @pytest.mark.parametrize(
@@ -217,10 +219,10 @@ def test_a_program_that_is_another_is_refused(
 ) -> None:
     folder = stored(tiny("llama"), tmp_path / "model")
     started(folder, settings())
-    root = kept.kept_for(folder, settings())
+    root = reopen.kept_for(folder, settings())
     assert root is not None
     changed_program(root, **fields)
-    assert kept.reopened(folder, root) is None
+    assert reopen.reopened(folder, root) is None
     assert reason in capfd.readouterr().err
 
 
@@ -229,14 +231,14 @@ def test_damaged_weights_are_found_by_the_first_tokens_or_when_they_are_moved_in
     found = set()
     for step in range(1, 9):
         started(folder, settings())
-        root = kept.kept_for(folder, settings())
+        root = reopen.kept_for(folder, settings())
         assert root is not None
         with (root / WEIGHTS).open("r+b") as weights:
             weights.seek(step * (root / WEIGHTS).stat().st_size // 9)
             byte = weights.read(1)
             weights.seek(-1, os.SEEK_CUR)
             weights.write(bytes([byte[0] ^ 1]))  # the least change, of the least bit or another
-        again = kept.reopened(folder, root)
+        again = reopen.reopened(folder, root)
         found.add(again is None)
         if again is not None:
             with pytest.raises(Corrupt, match="kept weights are not those that were written"):
@@ -249,19 +251,19 @@ def test_damaged_weights_are_found_by_the_first_tokens_or_when_they_are_moved_in
 def test_a_folder_that_others_may_write_into_is_not_trusted(tiny: Tiny, tmp_path: Path) -> None:
     folder = stored(tiny("llama"), tmp_path / "model")
     started(folder, settings())
-    root = kept.kept_for(folder, settings())
+    root = reopen.kept_for(folder, settings())
     assert root is not None
     root.chmod(0o777)
-    assert kept.reopened(folder, root) is None
+    assert reopen.reopened(folder, root) is None
 
 
 def test_where_memory_is_short_it_is_left_for_later(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, config = stored(tiny("llama"), tmp_path / "model"), EngineConfig.model_validate(SETTINGS | {"cache_bytes": None})
     started(folder, config)
-    root = kept.kept_for(folder, config)
+    root = reopen.kept_for(folder, config)
     assert root is not None
-    monkeypatch.setattr(kept, "available_memory_bytes", lambda: 1 << 20)
-    assert kept.reopened(folder, root) is None
+    monkeypatch.setattr(reopen, "available_memory_bytes", lambda: 1 << 20)
+    assert reopen.reopened(folder, root) is None
     assert root.exists()
 
 
@@ -272,11 +274,11 @@ def test_what_can_t_be_kept_leaves_nothing(
     folder = stored(tiny("llama"), tmp_path / "model")
     if planted == "full disk":
         size = (folder / "model.safetensors").stat().st_size
-        monkeypatch.setattr(keeping.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size))  # room for each weight, not for all
+        monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size))  # room for each weight, not for all
     elif planted == "no place":
         own_cache.write_text("a file is in the way")
     elif planted == "memory that is nobody's":
-        monkeypatch.setattr(keeping, "weights_of", lambda model: iter(list(_weights_of(model))[:-3]))
+        monkeypatch.setattr(places, "weights_of", lambda model: iter(list(_weights_of(model))[:-3]))
     else:
         write = keeping._Writer._write_into
         monkeypatch.setattr(keeping._Writer, "_write_into", lambda *args: (write(*args), (folder / "config.json").touch()))
@@ -285,7 +287,7 @@ def test_what_can_t_be_kept_leaves_nothing(
     assert "this start is not kept" in capfd.readouterr().err
 
 
-_weights_of = keeping.weights_of
+_weights_of = sources.weights_of
 
 
 def test_a_checkpoint_that_is_changed_while_it_is_loaded_is_not_kept(tiny: Tiny, tmp_path: Path, own_cache: Path) -> None:
@@ -299,7 +301,7 @@ def test_a_checkpoint_that_is_changed_while_it_is_loaded_is_not_kept(tiny: Tiny,
     thread = keep(engine, asked, fingerprint(engine), FACTS)
     assert thread is not None
     thread.join()
-    assert kept.kept_for(folder, settings()) is None
+    assert reopen.kept_for(folder, settings()) is None
     assert not list(own_cache.glob("starts/*/*"))
 
 
@@ -310,10 +312,10 @@ def test_every_address_of_a_call_is_known_as_one(tiny: Tiny) -> None:
         assert engine.runner.native is not None
         recorded = engine.runner.native.recorded
         assert recorded is not None
-        places = keeping._Places(engine, recorded)
+        named = places.Places(engine, recorded)
         for name, args in recorded.calls:
-            places.of_call(name, args)  # all at these places are addresses
-        known = [(own.ctypes.data, own.ctypes.data + len(own)) for own, _ in places._all]
+            named.of_call(name, args)  # all at these places are addresses
+        known = [(own.ctypes.data, own.ctypes.data + len(own)) for own, _ in named._all]
         for name, args in recorded.calls:
             others = [arg for place, arg in enumerate(args) if place not in STEP_CALLS[name]]
             numbers = [number for arg in others for number in (arg if isinstance(arg, tuple | list) else [arg])]
@@ -324,23 +326,23 @@ def test_a_program_of_another_build_is_not_run(tiny: Tiny, tmp_path: Path, monke
     """Also where it is opened before the settings are known."""
     folder = stored(tiny("llama"), tmp_path / "model")
     started(folder, settings())
-    root = kept.only_one(folder)
+    root = reopen.only_one(folder)
     assert root is not None
-    monkeypatch.setattr(start_key, "VERSION", -1)
-    monkeypatch.setattr(kept, "_engine", lambda *_: pytest.fail("it was run"))
-    assert kept.reopened(folder, root) is None
+    monkeypatch.setattr(key, "VERSION", -1)
+    monkeypatch.setattr(reopen, "_engine", lambda *_: pytest.fail("it was run"))
+    assert reopen.reopened(folder, root) is None
     assert root.exists()
 
 
 def test_a_start_that_ended_the_process_which_opened_it_is_removed(tiny: Tiny, tmp_path: Path) -> None:
     folder = stored(tiny("llama"), tmp_path / "model")
     started(folder, settings())
-    root = kept.only_one(folder)
+    root = reopen.only_one(folder)
     assert root is not None
     (root / f"opening-{os.getppid()}").touch()  # of one that is still at it
-    assert kept.reopened(folder, root) is not None
+    assert reopen.reopened(folder, root) is not None
     (root / f"opening-{2**30}").touch()
-    assert kept.reopened(folder, root) is None
+    assert reopen.reopened(folder, root) is None
     assert not root.exists()
 
 
@@ -348,16 +350,16 @@ def test_a_start_that_ended_the_process_which_opened_it_is_removed(tiny: Tiny, t
 def test_what_passes_is_no_damage(tiny: Tiny, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = stored(tiny("llama"), tmp_path / "model")
     started(folder, settings())
-    root = kept.only_one(folder)
+    root = reopen.only_one(folder)
     assert root is not None
 
     def raised(size: int) -> None:
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(kept, "huge", raised)
-        assert kept.reopened(folder, root) is None
-    assert kept.reopened(folder, root) is not None
+        patch.setattr(reopen, "huge", raised)
+        assert reopen.reopened(folder, root) is None
+    assert reopen.reopened(folder, root) is not None
 
 
 def test_a_start_that_is_there_is_not_written_again(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,8 +378,8 @@ def test_a_user_without_a_cache_has_no_starts(tiny: Tiny, tmp_path: Path, monkey
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     started(folder, settings())
-    assert kept.kept_for(folder, settings()) is None
-    assert kept.only_one(folder) is None
+    assert reopen.kept_for(folder, settings()) is None
+    assert reopen.only_one(folder) is None
 
 
 def test_the_checkpoints_that_were_started_last_are_kept(
@@ -391,7 +393,7 @@ def test_the_checkpoints_that_were_started_last_are_kept(
             os.utime(starts_of(folders[0]), (0, 0))
             os.utime(starts_of(folders[1]), (1, 1))
             assert opened(folders[0], settings()) is not None
-    assert [kept.kept_for(folder, settings()) is None for folder in folders] == [False, True, False]
+    assert [reopen.kept_for(folder, settings()) is None for folder in folders] == [False, True, False]
     assert len(list((own_cache / "starts").iterdir())) == 2
 
 
@@ -399,5 +401,5 @@ def test_nothing_is_kept_or_looked_for_where_that_is_asked(tiny: Tiny, tmp_path:
     folder, config = stored(tiny("llama"), tmp_path / "model"), settings(keep_start="nothing")
     engine = Engine.load(folder, config)
     assert keep(engine, Asked.now(folder, config), fingerprint(engine), FACTS) is None
-    assert kept.kept_for(folder, config) is None
+    assert reopen.kept_for(folder, config) is None
     assert not own_cache.exists()

@@ -16,7 +16,7 @@ import pytest
 from fake_engine import tokenizer
 from world import until
 
-from lineshaft.engine import kept
+from lineshaft.engine.starts import format as layout
 from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.config import GroupedQueryAttention, ModelConfig
 from lineshaft.model.decoder import Decoder
@@ -101,8 +101,8 @@ def test_weights_that_are_not_those_that_were_written_end_the_engine_and_the_nex
         wanted = answered(url)
         until(lambda: programs(tmp_path), seconds=60)
     (path,) = programs(tmp_path)
-    found = kept.read(path)
-    kept.write(path, msgspec.structs.replace(found, crc=found.crc ^ 1))  # as if a weight had changed that the first tokens do not show
+    found = layout.read(path)
+    layout.write(path, msgspec.structs.replace(found, crc=found.crc ^ 1))  # as if a weight had changed that the first tokens do not show
     with serving(folder, tmp_path) as (url, process, said):
         until(lambda: "loaded in" in said(), seconds=60)
         assert "kept weights are not those that were written" in said()
@@ -128,7 +128,7 @@ def test_another_number_of_threads_is_another_start_with_that_number(folder, tmp
         with serving(folder, tmp_path, OMP_NUM_THREADS=threads) as (_, _, said):
             assert KEPT not in said()
             assert f"; threads: {threads}" in said()
-            until(lambda number=threads: [kept.read(path).threads for path in programs(tmp_path)] == [int(number)], seconds=60)
+            until(lambda number=threads: [layout.read(path).threads for path in programs(tmp_path)] == [int(number)], seconds=60)
     with serving(folder, tmp_path, OMP_NUM_THREADS="1") as (_, _, said):
         assert KEPT in said()
         assert "; threads: 1" in said()

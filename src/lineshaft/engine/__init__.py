@@ -2,5 +2,5 @@
 
 Read `rounds` (the whole engine is one `step`) and `loop`, which makes it around a model; then `runner`, `cache`, `attend`, `sampler`;
 `llm` is the offline API.
-`keeping` and `kept` are how a second start does without torch.
+`starts` is how a second start does without torch.
 """

@@ -1,4 +1,4 @@
-"""The memory of the paged cache, whatever lies in it. Free of torch: a kept start (kept.py) works with it as it is."""
+"""The memory of the paged cache, whatever lies in it. Free of torch: a kept start (starts/) works with it as it is."""
 
 from __future__ import annotations
 

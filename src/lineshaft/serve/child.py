@@ -30,7 +30,7 @@ from lineshaft.base.errors import LineshaftError, RequestError
 from lineshaft.base.pages import expect, have_read, leave_rest
 from lineshaft.base.terminal import say
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.start_key import any_kept
+from lineshaft.engine.starts.key import any_kept
 from lineshaft.sched.load import Load
 from lineshaft.sched.request import Ask, Event, Refused, ends
 from lineshaft.serve.frames import Cancel, Channel, Failed, Orders, Ready, Step, Submit, ToEngine

@@ -11,9 +11,9 @@ import torch
 from lineshaft.engine import activations, cache_dtype
 from lineshaft.engine.cache import page_bytes
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.keeping import Asked, keep
 from lineshaft.engine.loop import Engine
 from lineshaft.engine.preflight import check_room
+from lineshaft.engine.starts.keep import Asked, keep
 from lineshaft.engine.warm import told, tried
 from lineshaft.model.cost import cost_of
 from lineshaft.ops.isa import describe, follow_torch

@@ -1,4 +1,4 @@
-"""An engine for the server from a start that was kept (engine/kept.py). Free of torch: see loading.py for the others.
+"""An engine for the server from a start that was kept (engine/starts). Free of torch: see loading.py for the others.
 
 Which start it will be hangs on settings that the server has yet to read. But as a rule a checkpoint has one, so that one is opened
 ahead, while the server imports its web framework.
@@ -18,10 +18,10 @@ import msgspec
 
 from lineshaft.base.errors import Corrupt
 from lineshaft.base.terminal import say
-from lineshaft.engine import kept
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.kept import Reopened
 from lineshaft.engine.rounds import Rounds
+from lineshaft.engine.starts import reopen
+from lineshaft.engine.starts.reopen import Reopened
 from lineshaft.serve.frames import Ready
 
 _ahead: tuple[Path, Reopened | None] | None = None
@@ -31,20 +31,20 @@ _ahead: tuple[Path, Reopened | None] | None = None
 def open_ahead(folder: Path) -> None:
     """Open the start that was kept for a checkpoint folder, if it is the only one, for `reopened` to give. Raises Corrupt."""
     global _ahead  # noqa: PLW0603 # of this process
-    if (root := kept.only_one(folder)) is not None:
-        _ahead = root, kept.reopened(folder, root)
+    if (root := reopen.only_one(folder)) is not None:
+        _ahead = root, reopen.reopened(folder, root)
 
 
 def reopened(folder: Path, config: EngineConfig) -> tuple[Rounds, Ready] | None:
     """The engine, warm, and what the server is told of it; None where no start was kept that can be used. Raises Corrupt."""
     global _ahead  # of this process
-    began, root = time.monotonic(), kept.kept_for(folder, config)
+    began, root = time.monotonic(), reopen.kept_for(folder, config)
     ahead, _ahead = _ahead, None
     if ahead and ahead[0] == root:
         found = ahead[1]
     else:
         ahead = None  # it goes first: both may not fit
-        found = kept.reopened(folder, root) if root else None
+        found = reopen.reopened(folder, root) if root else None
     if found is None:
         return None
     ready = msgspec.convert(found.facts, Ready)

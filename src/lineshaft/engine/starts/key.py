@@ -1,4 +1,4 @@
-"""What a kept start (kept.py) hangs on, and where it lies: <cache>/starts/<checkpoint folder>/<key>. Free of torch."""
+"""What a kept start hangs on, and where it lies: <cache>/starts/<checkpoint folder>/<key>. Free of torch."""
 
 from __future__ import annotations
 

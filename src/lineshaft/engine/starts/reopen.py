@@ -1,22 +1,18 @@
-"""A start that was kept: an engine from the native calls that an earlier start recorded, without importing torch.
+"""An engine from a start that was kept, without torch.
 
-    program.msgpack    CRC32, then the calls, with places for addresses; where each place's bytes come from; what the engine must know
-    weights.bin        weights as the kernels read them: all, or those that can't be packed anew from the checkpoint
-
-The first tokens' logits must have the bits that they had when the start was kept, or it is given up. Written by keeping.py.
+The first tokens' logits must have the bits that they had when the start was kept, or it is given up.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -24,90 +20,22 @@ import numpy.typing as npt
 
 from lineshaft.base.caches import is_ours
 from lineshaft.base.errors import Corrupt
-from lineshaft.base.files import sync_folder
 from lineshaft.base.machine import available_memory_bytes, resident_memory_bytes
 from lineshaft.base.pages import huge
 from lineshaft.base.terminal import say
 from lineshaft.engine.buffers import StepBuffers
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.kept_weights import Bytes, Files, Region
 from lineshaft.engine.page_memory import CACHE_SHARE, PageMemory
 from lineshaft.engine.program import Choices, Floats, Program
 from lineshaft.engine.rounds import Bounds, Rounds
-from lineshaft.engine.start_key import any_kept, start_basis, start_key, starts_of
+from lineshaft.engine.starts.format import PROGRAM, Kept, Place, Result, read
+from lineshaft.engine.starts.key import any_kept, start_basis, start_key, starts_of
+from lineshaft.engine.starts.weights import Bytes, Files, Region
 from lineshaft.engine.warm import fingerprint
 from lineshaft.model.folder import check_artifact, load_config
 from lineshaft.ops.isa import STEP_CALLS, library
 from lineshaft.sched.groups import layer_groups
 from lineshaft.sched.plan import Plan
-
-PROGRAM = "program.msgpack"
-_CRC_BYTES = 4
-
-
-class Place(msgspec.Struct, frozen=True):
-    """An address: so many bytes into a region."""
-
-    region: int
-    offset: int
-
-
-class Result(msgspec.Struct, frozen=True):
-    """An array that the program leaves: rows of so many numbers."""
-
-    place: Place
-    rows: int
-    width: int
-    dtype: Literal["float32", "uint16"]
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.rows * self.width * np.dtype(self.dtype).itemsize
-
-
-class Kept(msgspec.Struct, frozen=True):
-    """What program.msgpack holds."""
-
-    basis: str
-    key: str
-    """See start_key.py; the folder is named by the key."""
-    calls: list[tuple[str, list[Any]]]
-    """A function of the library and its arguments, Places for addresses (isa.STEP_CALLS)."""
-    body: int
-    """Calls before those that make logits."""
-    regions: list[Region]
-    hidden: Result
-    logits: Result
-    threads: int
-    config: dict[str, Any]
-    """Settings of the engine, with what was settled when it was loaded."""
-    cache_asked: bool
-    """The size of its cache was asked for, not settled."""
-    bounds: dict[str, Any]
-    pages: list[int]
-    token_bytes: list[int]
-    crc: int
-    """zlib.crc32 of weights.bin."""
-    fingerprint: str
-    """Of the first tokens' logits (warm.py)."""
-    facts: dict[str, Any]
-    """What whoever asked for the engine was told of it."""
-
-
-def write(path: Path, kept: Kept) -> None:
-    """CRC32, then MessagePack; on the disk when this returns."""
-    body = msgspec.msgpack.encode(kept)
-    path.write_bytes(zlib.crc32(body).to_bytes(_CRC_BYTES, "little") + body)
-    sync_folder(path)
-
-
-def read(path: Path) -> Kept:
-    """What `write` wrote. Raises ValueError for anything else."""
-    content = path.read_bytes()
-    if zlib.crc32(content[_CRC_BYTES:]) != int.from_bytes(content[:_CRC_BYTES], "little"):
-        raise ValueError(f"{path} is damaged")
-    return msgspec.msgpack.decode(content[_CRC_BYTES:], type=Kept)
 
 
 @dataclass(frozen=True)
@@ -203,7 +131,7 @@ def _reopened(folder: Path, root: Path) -> Reopened | None:
             raise ValueError("it gives other numbers than it did")
         checked.result()
     with suppress(OSError):
-        os.utime(root.parent)  # which counts as used (keeping.py)
+        os.utime(root.parent)  # which counts as used (keep.py)
     return Reopened(engine, kept.facts, root, files, kept.crc)
 
 

@@ -1,4 +1,4 @@
-"""Where the bytes come from that the calls of a kept start read (kept.py). Free of torch."""
+"""Where the bytes come from that the calls of a kept start read. Free of torch."""
 
 from __future__ import annotations
 
