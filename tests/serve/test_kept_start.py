@@ -135,7 +135,9 @@ def test_another_number_of_threads_is_another_start_with_that_number(folder, tmp
 
 
 @pytest.mark.parametrize("hint", [[], ["--set=" + "x" * 300], ["nothing/there"], ["a\0b"]])
-def test_whatever_names_the_checkpoint_nobody_waits_for_ever(hint, monkeypatch):
+def test_whatever_names_the_checkpoint_nobody_waits_for_ever(hint, tmp_path, monkeypatch):
+    monkeypatch.setenv("LINESHAFT_CACHE", str(tmp_path))
+    (tmp_path / "starts" / "of another checkpoint").mkdir(parents=True)
     monkeypatch.setattr(sys, "argv", ["child", *hint])
     monkeypatch.setattr(child, "_prepared", threading.Event())
     imported = []

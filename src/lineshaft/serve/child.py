@@ -200,7 +200,7 @@ def _opened_ahead(hint: list[str]) -> bool:
     if not hint:
         return False
     folder = Path(hint[0])
-    with suppress(OSError, RuntimeError):  # no path at all, or no cache
+    with suppress(OSError, RuntimeError, ValueError):  # no path at all, or no cache
         if not (any_kept(folder) if folder.is_dir() else any(cache_root().glob("starts/*"))):
             return False
         from lineshaft.serve import reopening
