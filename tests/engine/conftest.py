@@ -15,7 +15,7 @@ from lineshaft.model.decoder import Decoder
 from lineshaft.ops import isa
 from lineshaft.ops.reach import Blocks, Window
 
-for folder in ("model", "sched"):
+for folder in ("model", "sched", "engine"):
     sys.path.insert(0, str(Path(__file__).parents[1] / folder))  # pytest's importlib mode does not find helpers elsewhere
 
 VOCABULARY = 61
@@ -88,3 +88,10 @@ def _forward(model: Decoder, tokens: list[int]) -> torch.Tensor:
 def forward() -> Callable[[Decoder, list[int]], torch.Tensor]:
     """forward(model, tokens): logits of a plain pass over the whole text, no cache."""
     return _forward
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test's starts are kept."""
+    monkeypatch.setenv("LINESHAFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

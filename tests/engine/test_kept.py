@@ -1,4 +1,4 @@
-"""Starts that are kept: the same bits without torch, and nothing that was changed or damaged is taken for one."""
+"""Starts that were kept: the same bits without torch, and nothing that was changed or damaged is taken for one."""
 
 from __future__ import annotations
 
@@ -8,64 +8,26 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import msgspec
 import pytest
 import torch
+from kept_world import CASES, FACTS, SETTINGS, opened, settings, started, stored
 
 from lineshaft.base.errors import Corrupt
 from lineshaft.engine.config import EngineConfig
-from lineshaft.engine.loop import Engine
 from lineshaft.engine.rounds import Rounds
 from lineshaft.engine.starts import format as layout
-from lineshaft.engine.starts import keep as keeping
-from lineshaft.engine.starts import key, places, reopen, sources
-from lineshaft.engine.starts.keep import Asked, keep
+from lineshaft.engine.starts import key, reopen
 from lineshaft.engine.starts.key import starts_of
 from lineshaft.engine.starts.weights import WEIGHTS
-from lineshaft.engine.warm import fingerprint
-from lineshaft.model.checkpoint import save_checkpoint
 from lineshaft.model.decoder import Decoder
 from lineshaft.ops.formats import DENSE, Integer
-from lineshaft.ops.isa import STEP_CALLS, library
+from lineshaft.ops.isa import library
 from lineshaft.sched.request import Ask, Event, Sampling
 
 Tiny = Callable[..., Decoder]
-pytestmark = pytest.mark.skipif(library() is None, reason="no native kernels here")
-SETTINGS: dict[str, Any] = {"page_tokens": 4, "cache_bytes": 1 << 18, "scheduler": {"step_tokens": 24, "max_batch": 6}}
-FACTS = {"told": ["all is well"]}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LINESHAFT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def stored(model: Decoder, folder: Path) -> Path:
-    save_checkpoint(model, folder, folder)
-    return folder
-
-
-def settings(**more: object) -> EngineConfig:
-    return EngineConfig.model_validate(SETTINGS | more)
-
-
-def started(folder: Path, config: EngineConfig) -> Engine:
-    """The engine of a first start, when what it leaves is on the disk."""
-    asked = Asked.now(folder, config)
-    engine = Engine.load(folder, config)
-    thread = keep(engine, asked, fingerprint(engine), FACTS)
-    assert thread is not None
-    thread.join()
-    return engine
-
-
-def opened(folder: Path, config: EngineConfig) -> reopen.Reopened | None:
-    root = reopen.kept_for(folder, config)
-    return reopen.reopened(folder, root) if root else None
+pytestmark = [pytest.mark.skipif(library() is None, reason="no native kernels here"), pytest.mark.usefixtures("own_cache")]
 
 
 def told(engine: Rounds) -> list[Event]:
@@ -81,19 +43,6 @@ def told(engine: Rounds) -> list[Event]:
         events += engine.step()
         engine.scheduler.check()
     return events
-
-
-CASES = [
-    ("llama", torch.float32, "auto", None),
-    ("llama", torch.bfloat16, "auto", None),
-    ("mistral", torch.bfloat16, "int8", None),
-    ("qwen3", torch.float32, "auto", None),
-    ("qwen3_moe", torch.bfloat16, "auto", None),
-    ("deepseek_v3", torch.float32, "auto", None),
-    ("deepseek_v3", torch.bfloat16, "int8", None),
-    ("llama", torch.float32, "auto", 8),
-    ("qwen3", torch.bfloat16, "auto", 4),
-]
 
 
 @pytest.mark.parametrize("how", ["weights", "program"])
@@ -267,61 +216,6 @@ def test_where_memory_is_short_it_is_left_for_later(tiny: Tiny, tmp_path: Path, 
     assert root.exists()
 
 
-@pytest.mark.parametrize("planted", ["full disk", "no place", "memory that is nobody's", "changed meanwhile"])
-def test_what_can_t_be_kept_leaves_nothing(
-    tiny: Tiny, tmp_path: Path, own_cache: Path, planted: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    folder = stored(tiny("llama"), tmp_path / "model")
-    if planted == "full disk":
-        size = (folder / "model.safetensors").stat().st_size
-        monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * size))  # room for each weight, not for all
-    elif planted == "no place":
-        own_cache.write_text("a file is in the way")
-    elif planted == "memory that is nobody's":
-        monkeypatch.setattr(places, "weights_of", lambda model: iter(list(_weights_of(model))[:-3]))
-    else:
-        write = keeping._Writer._write_into
-        monkeypatch.setattr(keeping._Writer, "_write_into", lambda *args: (write(*args), (folder / "config.json").touch()))
-    started(folder, settings())
-    assert not list(own_cache.glob("starts/*/*"))
-    assert "this start is not kept" in capfd.readouterr().err
-
-
-_weights_of = sources.weights_of
-
-
-def test_a_checkpoint_that_is_changed_while_it_is_loaded_is_not_kept(tiny: Tiny, tmp_path: Path, own_cache: Path) -> None:
-    """Else what was loaded would be found under the name of what is there now."""
-    folder = stored(tiny("llama"), tmp_path / "model")
-    asked = Asked.now(folder, settings())
-    engine = Engine.load(folder, settings())
-    other = tiny("llama")
-    other.initialise(9)
-    stored(other, folder)
-    thread = keep(engine, asked, fingerprint(engine), FACTS)
-    assert thread is not None
-    thread.join()
-    assert reopen.kept_for(folder, settings()) is None
-    assert not list(own_cache.glob("starts/*/*"))
-
-
-def test_every_address_of_a_call_is_known_as_one(tiny: Tiny) -> None:
-    """An address taken for a number would be another process's in the next start."""
-    for family, dtype, held, _ in CASES:
-        engine = Engine(tiny(family).to(dtype), settings(cache_dtype=held))
-        assert engine.runner.native is not None
-        recorded = engine.runner.native.recorded
-        assert recorded is not None
-        named = places.Places(engine, recorded)
-        for name, args in recorded.calls:
-            named.of_call(name, args)  # all at these places are addresses
-        known = [(own.ctypes.data, own.ctypes.data + len(own)) for own, _ in named._all]
-        for name, args in recorded.calls:
-            others = [arg for place, arg in enumerate(args) if place not in STEP_CALLS[name]]
-            numbers = [number for arg in others for number in (arg if isinstance(arg, tuple | list) else [arg])]
-            assert not [number for number in numbers if any(start <= number < stop for start, stop in known)], name
-
-
 def test_a_program_of_another_build_is_not_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it is opened before the settings are known."""
     folder = stored(tiny("llama"), tmp_path / "model")
@@ -334,14 +228,19 @@ def test_a_program_of_another_build_is_not_run(tiny: Tiny, tmp_path: Path, monke
     assert root.exists()
 
 
-def test_a_start_that_ended_the_process_which_opened_it_is_removed(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_start_that_ended_two_processes_which_opened_it_is_removed(tiny: Tiny, tmp_path: Path) -> None:
     folder = stored(tiny("llama"), tmp_path / "model")
     started(folder, settings())
     root = reopen.only_one(folder)
     assert root is not None
-    (root / f"opening-{os.getppid()}").touch()  # of one that is still at it
-    assert reopen.reopened(folder, root) is not None
-    (root / f"opening-{2**30}").touch()
+    (root / f"opening-{os.getppid()}-1").touch()  # of one that is still at it
+    for ended in (1, 0):
+        for number in range(ended):
+            (root / f"opening-{2**30}-{number}").touch()  # stopped, perhaps by hand
+        assert reopen.reopened(folder, root) is not None
+        assert [mark.name for mark in root.glob("opening-*")] == [f"opening-{os.getppid()}-1"]
+    for number in range(2):
+        (root / f"opening-{2**30}-{number}").touch()
     assert reopen.reopened(folder, root) is None
     assert not root.exists()
 
@@ -360,46 +259,3 @@ def test_what_passes_is_no_damage(tiny: Tiny, tmp_path: Path, error: Exception, 
         patch.setattr(reopen, "huge", raised)
         assert reopen.reopened(folder, root) is None
     assert reopen.reopened(folder, root) is not None
-
-
-def test_a_start_that_is_there_is_not_written_again(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = stored(tiny("llama"), tmp_path / "model")
-    started(folder, settings())
-    monkeypatch.setattr(keeping._Writer, "_write_into", lambda *_: pytest.fail("written again"))
-    started(folder, settings())
-
-
-def test_a_user_without_a_cache_has_no_starts(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("could not determine home directory")
-
-    folder = stored(tiny("llama"), tmp_path / "model")
-    monkeypatch.delenv("LINESHAFT_CACHE")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
-    started(folder, settings())
-    assert reopen.kept_for(folder, settings()) is None
-    assert reopen.only_one(folder) is None
-
-
-def test_the_checkpoints_that_were_started_last_are_kept(
-    tiny: Tiny, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(keeping, "MOST_STARTS", 2)
-    folders = [stored(tiny("llama"), tmp_path / name) for name in "abc"]
-    for folder in folders:
-        started(folder, settings())
-        if folder.name == "b":  # opening one is using it
-            os.utime(starts_of(folders[0]), (0, 0))
-            os.utime(starts_of(folders[1]), (1, 1))
-            assert opened(folders[0], settings()) is not None
-    assert [reopen.kept_for(folder, settings()) is None for folder in folders] == [False, True, False]
-    assert len(list((own_cache / "starts").iterdir())) == 2
-
-
-def test_nothing_is_kept_or_looked_for_where_that_is_asked(tiny: Tiny, tmp_path: Path, own_cache: Path) -> None:
-    folder, config = stored(tiny("llama"), tmp_path / "model"), settings(keep_start="nothing")
-    engine = Engine.load(folder, config)
-    assert keep(engine, Asked.now(folder, config), fingerprint(engine), FACTS) is None
-    assert reopen.kept_for(folder, config) is None
-    assert not own_cache.exists()

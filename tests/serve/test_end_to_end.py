@@ -7,15 +7,12 @@ import sys
 
 import aiohttp
 import pytest
-from fake_engine import tokenizer
+from tiny_checkpoint import write_checkpoint, write_tokenizer
 
 from lineshaft.base.errors import EngineError
 from lineshaft.base.store import Store
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.llm import LLM
-from lineshaft.model.checkpoint import save_checkpoint
-from lineshaft.model.config import GroupedQueryAttention, ModelConfig
-from lineshaft.model.decoder import Decoder
 from lineshaft.records.exchange import read_exchanges
 from lineshaft.sched.request import Sampling
 from lineshaft.serve.ask import ANSWER, AnswerConfig, _server
@@ -34,19 +31,9 @@ def store(tmp_path_factory):
 def checkpoint(store, tmp_path_factory):
     """A Llama of two layers with random weights and the tests' tokenizer."""
     words = tmp_path_factory.mktemp("tokenizer")
-    (words / "tokenizer.json").write_text(tokenizer()._description)
-    (words / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": "<bos>", "eos_token": "<eos>", "chat_template": tokenizer().chat_template})
-    )
-    shape = ModelConfig(
-        family="llama", hidden_size=32, num_hidden_layers=2, intermediate_size=64, max_position_embeddings=128, vocab_size=320,
-        attention=GroupedQueryAttention(kind="gqa", num_attention_heads=4, num_key_value_heads=2, head_dim=8),
-        bos_token_id=tokenizer().bos_id, eos_token_ids=[tokenizer().eos_id], initializer_range=0.3,
-    )  # fmt: skip
-    model = Decoder(shape)
-    model.initialise(0)
+    write_tokenizer(words)
     with store.draft("checkpoint", stage="by_hand", version=1, config={}) as draft:
-        save_checkpoint(model, draft.root, words)
+        write_checkpoint(draft.root, words)
     return next(store.open(item.id) for item in store.all() if item.kind == "checkpoint")
 
 

@@ -13,14 +13,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from fake_engine import tokenizer
+from tiny_checkpoint import write_checkpoint, write_tokenizer
 from world import until
 
 from lineshaft.engine.starts import format as layout
-from lineshaft.model.checkpoint import save_checkpoint
-from lineshaft.model.config import GroupedQueryAttention, ModelConfig
-from lineshaft.model.decoder import Decoder
-from lineshaft.model.folder import load_config
 from lineshaft.ops.isa import library
 from lineshaft.serve import child
 
@@ -32,16 +28,8 @@ KEPT = "a start that was kept, asked for and ready in"
 def folder(tmp_path):
     made = tmp_path / "model"
     made.mkdir()
-    (made / "tokenizer.json").write_text(tokenizer()._description)
-    (made / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>", "eos_token": "<eos>"}))
-    shape = ModelConfig(
-        family="llama", hidden_size=32, num_hidden_layers=2, intermediate_size=64, max_position_embeddings=128, vocab_size=320,
-        attention=GroupedQueryAttention(kind="gqa", num_attention_heads=4, num_key_value_heads=2, head_dim=8),
-        bos_token_id=tokenizer().bos_id, eos_token_ids=[tokenizer().eos_id], initializer_range=0.3,
-    )  # fmt: skip
-    model = Decoder(shape)
-    model.initialise(0)
-    save_checkpoint(model, made, made)
+    write_tokenizer(made)
+    write_checkpoint(made, made)
     return made
 
 
@@ -115,9 +103,7 @@ def test_a_checkpoint_that_was_changed_is_started_anew(folder, tmp_path):
     with serving(folder, tmp_path) as (url, _, _):
         before = answered(url)
         until(lambda: programs(tmp_path), seconds=60)
-    other = Decoder(load_config(folder))
-    other.initialise(1)
-    save_checkpoint(other, folder, folder)
+    write_checkpoint(folder, folder, seed=1)
     with serving(folder, tmp_path) as (url, _, said):
         assert KEPT not in said()
         assert answered(url) != before

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -36,6 +37,10 @@ from lineshaft.model.folder import check_artifact, load_config
 from lineshaft.ops.isa import STEP_CALLS, library
 from lineshaft.sched.groups import layer_groups
 from lineshaft.sched.plan import Plan
+
+MOST_ENDINGS = 2
+"""Processes that may end while they open a start, with none in between that opens it: one may have been stopped, as after a wrong option
+or Ctrl-C."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def only_one(folder: Path) -> Path | None:
 
 def reopened(folder: Path, root: Path) -> Reopened | None:
     """The engine of the start that was kept in `root` for the checkpoint in `folder`. None, and a line that says why, where it can't be
-    used; one that is damaged, gives other numbers than it did, or ended the process that opened it, is removed.
+    used; one that is damaged, gives other numbers than it did, or ended processes that opened it, is removed.
 
     Raises Corrupt for an artifact whose bytes are not those of its manifest: it is looked through as it is for any start.
     """
@@ -137,21 +142,26 @@ def _reopened(folder: Path, root: Path) -> Reopened | None:
 
 @contextmanager
 def _opening(root: Path) -> Iterator[None]:
-    """Leaves a mark while it is open. ValueError where there is one of a process that ended meanwhile, or of others' making."""
+    """Leaves a mark while it is open. ValueError where others may write there, or too many processes ended over it."""
     if not is_ours(root):
         raise ValueError("others may write into its folder")
-    for mark in root.glob("opening-*"):
-        number = int(mark.name.partition("-")[2])
-        if number == os.getpid() or not Path(f"/proc/{number}").exists():  # the first: of a container whose processes are numbered anew
-            raise ValueError("the process that opened it last ended over it")
-    mark = root / f"opening-{os.getpid()}"
+    left = [mark for mark in root.glob("opening-*") if _ended(int(mark.name.split("-")[1]))]
+    if len(left) >= MOST_ENDINGS:
+        raise ValueError(f"{len(left)} processes that opened it ended over it")
+    mark = root / f"opening-{os.getpid()}-{time.time_ns()}"
     with suppress(OSError):  # a cache that can only be read
         mark.touch()
     try:
         yield
     finally:
-        with suppress(OSError):
-            mark.unlink(missing_ok=True)
+        for own in (mark, *left):
+            with suppress(OSError):
+                own.unlink(missing_ok=True)
+
+
+def _ended(number: int) -> bool:
+    """Has the process? One of our own number has: of a container, say, whose processes are numbered anew."""
+    return number == os.getpid() or not Path(f"/proc/{number}").exists()
 
 
 def _fits(kept: Kept) -> bool:
