@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineshaft.base.machine import machine
-from lineshaft.ops import native, packing
+from lineshaft.ops import native_linear, packing
 from lineshaft.ops.integers import Integers
 from lineshaft.ops.isa import library
 from lineshaft.ops.packing import Shape
@@ -85,7 +85,7 @@ def line(kind: str, weights: list[Packed], dense: list[Tensor], tokens: int, rep
 
     def products() -> Tensor:
         for shape, weight in weights:
-            out = native.packed_linear(x[shape.inputs], weight, shape, None, "activations" in kind)
+            out = native_linear.packed_linear(x[shape.inputs], weight, shape, None, "activations" in kind)
         return out
 
     recorded = Recorded(products)

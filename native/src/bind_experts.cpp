@@ -39,7 +39,10 @@ void by_head(int kind, int64_t inputs, int64_t outputs, uintptr_t weight, int ac
     step::perform(tokens, heads * inputs * outputs, [=](int64_t now, int part, int parts) {
         const int groups = int(shape.groups());
         const auto own = team::share(heads * groups, part, parts);
-        for (int64_t i = own.first; i < own.last; i++) chosen->linear(of_head(now, i / groups), scratch_of(now, i / groups), int(i % groups), groups);
+        for (int64_t i = own.first; i < own.last; i++) {
+            const Linear l = of_head(now, i / groups);
+            chosen->linears(&l, 1, scratch_of(now, i / groups), int(i % groups), groups);
+        }
     }, {at<const uint8_t>(weight), heads * shape.bytes()});
 }
 

@@ -5,7 +5,6 @@
 
 #include "desk.h"
 #include "linear.h"
-#include "rows.h"
 
 namespace {
 
@@ -75,30 +74,14 @@ inline void pack_experts(const Experts& e, const Desk& d, Which which, int part,
     }
 }
 
-/// SiLU(gate) * up of some tokens and one group, rounded where separate ops would round.
-inline void put_swiglu(Activation kind, const float* gate, const float* up, void* out, int64_t start, int64_t width) {
-    for (int64_t o = 0; o < std::min<int64_t>(kGroup, width - start); o += kBlock) {
-        const auto opened = rounded(kind, silu(rounded(kind, Lanes::load(gate + o))));
-        write_some(kind, out, start + o, width - start - o, Lanes::mul(opened, rounded(kind, Lanes::load(up + o))));
-    }
-}
-
 inline void swiglu(const Experts& e, const Desk& d, int part, int parts) {
-    alignas(64) float gates[kMostTokens * kGroup], ups[kMostTokens * kGroup];
-    Tiling tiling;
     const int64_t width = e.in.outputs;
     each_share(d, e.in.groups(), part, parts, [&](int64_t expert, team::Range groups) {
-        const Product gate = product_of(e, d, Which::gate, expert), up = product_of(e, d, Which::up, expert);
-        const int64_t tokens = gate.linear.tokens, tile_tokens = gate.layout.tile;
-        for (int64_t group = groups.first; group < groups.last; group++)
-            for (int64_t tile = 0; tile < gate.layout.tiles(tokens); tile++) {
-                multiply(gate.linear, gate.layout, tile, group, 1, gates, tiling);
-                multiply(up.linear, up.layout, tile, group, 1, ups, tiling);
-                for (int64_t m = 0, t = tile * tile_tokens; m < tile_tokens && t < tokens; m++, t++) {
-                    void* out = const_cast<void*>(row_of(e.activation, d.middle, (d.starts[expert] + t) * width));
-                    put_swiglu(e.activation, gates + m * kGroup, ups + m * kGroup, out, group * kGroup, width);
-                }
-            }
+        const Product gate = product_of(e, d, Which::gate, expert);
+        Linear both[] = {gate.linear, product_of(e, d, Which::up, expert).linear};
+        both[1].out = const_cast<void*>(row_of(e.activation, d.middle, d.starts[expert] * width));
+        both[1].out_stride = width;
+        groups_of(both, 2, gate.layout, groups);
     });
 }
 
@@ -129,7 +112,7 @@ inline void experts(const Experts& e, Stage stage, void* scratch, int part, int 
         case Stage::down:
             return each_share(d, e.down.groups(), part, parts, [&](int64_t expert, team::Range groups) {
                 const Product p = product_of(e, d, Which::down, expert);
-                groups_of(p.linear, p.layout, groups);
+                groups_of(&p.linear, 1, p.layout, groups);
             });
         case Stage::combine: return combine(e, d, part, parts);
     }

@@ -18,6 +18,8 @@ struct Linear {
     const int32_t* rows = nullptr;  // which rows of x; null: the first ones
     bool wide = false;              // out is float32 whatever x is
     float input_scale = 0;          // of activations in 8 bits, the same for all tokens; 0: found from each token
+    const void* added = nullptr;    // like out: the rounded product is added to it, and rounded again; null: to nothing
+    int64_t added_stride = 0;
 };
 
 struct Norm {
@@ -132,7 +134,8 @@ struct Kernels {
     void (*lay_halves)(const uint8_t* from, int64_t stride, int64_t outputs, int64_t rows, uint8_t* group);
     // Activations into tiles, then the product. scratch: tokens * (inputs + scales + 1) words.
     void (*pack)(const Linear&, void* scratch, int part, int parts);
-    void (*linear)(const Linear&, void* scratch, int part, int parts);
+    void (*linears)(const Linear*, int64_t count, void* scratch, int part, int parts);  // of activations packed for the first one
+    void (*swiglu)(const Linear* gate_and_up, void* scratch, int part, int parts);      // SiLU(gate) * up to where up's belongs
     void (*norm)(const Norm&, int part, int parts);
     void (*rope)(const Rope&, int part, int parts);
     void (*silu_mul)(Activation, const void* gate, const void* up, void* out, int64_t count, int part, int parts);

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -33,25 +34,93 @@ const Kernels& named(const std::string& name) {
     throw std::invalid_argument("this processor has no " + name);
 }
 
-void linear(int kind, int64_t inputs, int64_t outputs, int64_t scale_inputs, bool zeros, uintptr_t weight, uintptr_t bias, bool whole, int activation,
-            uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t tokens, bool wide, float input_scale) {
-    const Linear l{shape_of(kind, inputs, outputs, scale_inputs, zeros), at<const uint8_t>(weight), at<const float>(bias), whole,
-                   Activation(activation), at<const void>(x), x_stride, at<void>(out), out_stride, tokens, nullptr, wide, input_scale};
-    step::reserve(size_t(tokens) * size_t(inputs + l.shape.scales() + 1) * 4);
-    const step::Contents packed{int64_t(x), x_stride, activation, kind, inputs, scale_inputs, zeros, 1 + int64_t(whole),
-                                int64_t(std::bit_cast<int32_t>(input_scale))};
+/// Activations into tiles, for products by weights like that of `l`, unless they are there; what the scratch then holds.
+step::Contents pack_for(const Linear& l) {
+    step::reserve(size_t(l.tokens) * size_t(l.shape.inputs + l.shape.scales() + 1) * 4);
+    const step::Contents packed{int64_t(l.x), l.x_stride, int64_t(l.activation), int64_t(l.shape.kind), l.shape.inputs, l.shape.scale_inputs, l.shape.zeros,
+                                1 + int64_t(l.whole), int64_t(std::bit_cast<int32_t>(l.input_scale))};
     if (!step::holds(packed))  // else another weight, such as that of keys after that of queries, met the same activations
-        step::perform(tokens, inputs, [l](int64_t now, int part, int parts) {
+        step::perform(l.tokens, l.shape.inputs, [l](int64_t now, int part, int parts) {
             Linear own = l;
             own.tokens = now;
             chosen->pack(own, step::scratch(), part, parts);
         });
-    step::perform(tokens, inputs * outputs, [l](int64_t now, int part, int parts) {
-        Linear own = l;
-        own.tokens = now;
-        chosen->linear(own, step::scratch(), part, parts);
-    }, {l.weight, l.shape.bytes()});
-    if (out != x) step::left(packed);
+    return packed;
+}
+
+constexpr size_t kNeighbours = 4;
+
+/// Weights that meet the same activations in one call.
+struct Neighbours {
+    std::array<Linear, kNeighbours> linears;
+    int64_t count;
+
+    Neighbours with(int64_t tokens) const {
+        Neighbours own = *this;
+        for (auto& l : own.linears) l.tokens = tokens;
+        return own;
+    }
+    step::Stream stream() const {  // as far as they lie one behind another, which they need not
+        int64_t bytes = 0;
+        for (int64_t i = 0; i < count; i++) bytes += linears[i].shape.bytes();
+        return {linears[0].weight, bytes};
+    }
+    int64_t outputs() const {
+        int64_t all = 0;
+        for (int64_t i = 0; i < count; i++) all += linears[i].shape.outputs;
+        return all;
+    }
+};
+
+/// The products, all at once. `changed`: a result lies where the activations lay.
+void multiply(const Neighbours& n, bool changed = false) {
+    const Linear& first = n.linears[0];
+    const step::Contents packed = pack_for(first);
+    step::perform(first.tokens, first.shape.inputs * n.outputs(), [n](int64_t now, int part, int parts) {
+        chosen->linears(n.with(now).linears.data(), n.count, step::scratch(), part, parts);
+    }, n.stream());
+    if (!changed) step::left(packed);
+}
+
+void linear(int kind, int64_t inputs, int64_t outputs, int64_t scale_inputs, bool zeros, uintptr_t weight, uintptr_t bias, bool whole, int activation,
+            uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t tokens, bool wide, float input_scale, uintptr_t added, int64_t added_stride) {
+    const Linear l{shape_of(kind, inputs, outputs, scale_inputs, zeros), at<const uint8_t>(weight), at<const float>(bias), whole,
+                   Activation(activation), at<const void>(x), x_stride, at<void>(out), out_stride, tokens, nullptr, wide, input_scale,
+                   at<const void>(added), added_stride};
+    multiply({{l}, 1}, out == x);
+}
+
+using Addresses = std::vector<uintptr_t>;
+
+Neighbours neighbours_of(int kind, int64_t inputs, int64_t scale_inputs, bool zeros, const std::vector<int64_t>& outputs, const Addresses& weights,
+                         const Addresses& biases, bool whole, int activation, uintptr_t x, int64_t x_stride, int64_t tokens, float input_scale) {
+    const size_t count = outputs.size();
+    if (count == 0 || count > kNeighbours || weights.size() != count || biases.size() != count) throw std::invalid_argument("not so many products at once");
+    Neighbours n{{}, int64_t(count)};
+    for (size_t i = 0; i < count; i++)
+        n.linears[i] = Linear{shape_of(kind, inputs, outputs[i], scale_inputs, zeros), at<const uint8_t>(weights[i]), at<const float>(biases[i]), whole,
+                              Activation(activation), at<const void>(x), x_stride, nullptr, outputs[i], tokens, nullptr, false, input_scale};
+    return n;
+}
+
+/// Results are dense, each by itself.
+void linears(int kind, int64_t inputs, int64_t scale_inputs, bool zeros, const std::vector<int64_t>& outputs, const Addresses& weights, const Addresses& biases,
+             bool whole, int activation, uintptr_t x, int64_t x_stride, const Addresses& outs, int64_t tokens, float input_scale) {
+    Neighbours n = neighbours_of(kind, inputs, scale_inputs, zeros, outputs, weights, biases, whole, activation, x, x_stride, tokens, input_scale);
+    if (outs.size() != outputs.size()) throw std::invalid_argument("not as many results as products");
+    for (size_t i = 0; i < outs.size(); i++) n.linears[i].out = at<void>(outs[i]);
+    multiply(n);
+}
+
+/// SiLU of the product by the first weight times that by the second.
+void swiglu(int kind, int64_t inputs, int64_t scale_inputs, bool zeros, int64_t outputs, const Addresses& weights, const Addresses& biases, bool whole,
+            int activation, uintptr_t x, int64_t x_stride, uintptr_t out, int64_t tokens, float input_scale) {
+    Neighbours n = neighbours_of(kind, inputs, scale_inputs, zeros, {outputs, outputs}, weights, biases, whole, activation, x, x_stride, tokens, input_scale);
+    n.linears[1].out = at<void>(out);
+    pack_for(n.linears[0]);
+    step::perform(tokens, 2 * inputs * outputs, [n](int64_t now, int part, int parts) {
+        chosen->swiglu(n.with(now).linears.data(), step::scratch(), part, parts);
+    }, {n.linears[0].weight, n.linears[0].shape.bytes()});
 }
 
 void norm(int activation, uintptr_t x, int64_t x_stride, int weight_kind, uintptr_t weight, float eps, uintptr_t out, int64_t out_stride, int64_t tokens,
@@ -180,6 +249,8 @@ NB_MODULE(_native, m) {
         pack_coded(*chosen, shape_of(kind, i, o, s, z), at<const uint8_t>(codes), at<const float>(scale), at<const uint8_t>(zero), at<uint8_t>(out), step::threads());
     }, free_gil);
     m.def("linear", &linear, free_gil);
+    m.def("linears", &linears, free_gil);
+    m.def("swiglu", &swiglu, free_gil);
     m.def("norm", &norm, free_gil);
     m.def("rope", &rope, free_gil);
     m.def("silu_mul", &silu_mul, free_gil);

@@ -80,7 +80,7 @@ struct Case {
                        coded ? static_cast<void*>(out.data()) : narrow.data(), shape.outputs, tokens};
         const auto scratch = memory<uint32_t>(tokens * packed_words(shape, rounded));
         table.pack(l, scratch.get(), 0, 1);
-        table.linear(l, scratch.get(), 0, 1);
+        table.linears(&l, 1, scratch.get(), 0, 1);
         for (size_t i = 0; i < out.size() && !coded; i++) out[i] = float(narrow[i]);
         return out;
     }

@@ -15,6 +15,7 @@ from integer_cases import exact_linear_int, exact_linear_int_a8, rounded_to_byte
 from masks import dense, mask_of
 from torch import Tensor
 
+from lineshaft.ops.neighbours import Neighbours
 from lineshaft.ops.packing import Shape
 from lineshaft.ops.reach import Causal, Reach
 
@@ -121,13 +122,27 @@ def exact_paged_chosen_mla(q: Tensor, q_rope: Tensor, pages: Tensor, places: Ten
 
 
 def exact_packed_linear(
-    x: Tensor, packed: Tensor, shape: Shape, bias: Tensor | None, whole: bool, _wide: bool, input_scale: float
+    x: Tensor, packed: Tensor, shape: Shape, bias: Tensor | None, whole: bool, _wide: bool, input_scale: float, added: Tensor | None
 ) -> Tensor:
+    return exact_product(x, packed, shape, bias, whole, input_scale) + (0 if added is None else added)
+
+
+def exact_product(x: Tensor, packed: Tensor, shape: Shape, bias: Tensor | None, whole: bool, input_scale: float) -> Tensor:
     codes, zero, scale = (torch.from_numpy(part) for part in native_cases.read(packed, shape))
     if not whole:
         return exact_linear(x, (codes - zero) * scale, bias)
     q, step = rounded_to_bytes(x, input_scale)
     return torch.einsum("ti,oi->to", q.double(), (codes - zero) * scale) * step + (0 if bias is None else bias)
+
+
+def exact_packed_linears(x: Tensor, weights: Neighbours) -> tuple[Tensor, ...]:
+    each = zip(weights.packed, weights.shapes, weights.biases, strict=True)
+    return tuple(exact_product(x, packed, shape, bias, weights.whole, weights.input_scale) for packed, shape, bias in each)
+
+
+def exact_packed_swiglu(x: Tensor, weights: Neighbours) -> Tensor:
+    gate, up = exact_packed_linears(x, weights)
+    return exact_silu_mul(gate, up)
 
 
 def exact_paged_attention(
@@ -198,6 +213,8 @@ EXACT: dict[str, Callable[..., Any]] = {
     "tile_gqa": exact_tile_gqa,
     "tile_mla": exact_tile_mla,
     "packed_linear": exact_packed_linear,
+    "packed_linears": exact_packed_linears,
+    "packed_swiglu": exact_packed_swiglu,
     "paged_attention": exact_paged_attention,
     "write_codes": exact_write_codes,
     "coded_attention": exact_coded_attention,

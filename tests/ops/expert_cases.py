@@ -61,9 +61,11 @@ class ExpertShapes:
 
 
 def as_one(result: Any) -> Tensor:
-    """A router's two results as one that does not hang on the order of the chosen: the weight of every expert."""
+    """A router's two results as one that does not hang on the order of the chosen: the weight of every expert. Products side by side."""
     if isinstance(result, Tensor):
         return result
+    if len(result) != 2 or result[1].dtype != torch.int64:
+        return torch.cat(result, 1)
     weight, expert = result
     return weight.new_zeros(len(weight), MOST).scatter(1, expert, weight)
 

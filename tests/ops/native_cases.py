@@ -84,6 +84,26 @@ def weights(draw: st.DrawFn, kind: str, dtype: torch.dtype) -> tuple[Shape, Tens
     return made[0], made[1].clone()
 
 
+@st.composite
+def neighbours(draw: st.DrawFn, kind: str, dtype: torch.dtype, outputs: list[int]) -> list[tuple[Shape, Tensor]]:
+    """`weights` of the same inputs, scales and kind of zero points."""
+    luck = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    groups, width, zeros = draw(st.integers(1, 4)), (8 if kind == "int4" else 4) * draw(st.integers(1, 9)), draw(st.booleans())
+    made = []
+    for count in outputs:
+        if kind == "dense":
+            made.append(packing.pack_dense(torch.randn(count, groups * width, generator=luck).to(dtype)))
+        elif kind == "float8":
+            codes = torch.randint(127, (count, groups * width), dtype=torch.uint8, generator=luck)
+            made.append(packing.pack_fp8(codes.view(torch.float8_e4m3fn), torch.rand(count, groups, generator=luck) / 100, (1, width)))
+        else:
+            most = 256 if kind == "int8" else 16
+            codes = torch.randint(most, (count, groups * width), dtype=torch.uint8, generator=luck)
+            zero = torch.full((count, groups), most // 2 - zeros, dtype=torch.uint8)
+            made.append(packing.pack_coded(Integers(codes, torch.rand(count, groups, generator=luck) / most, zero), most.bit_length() - 1))
+    return [(shape, packed.clone()) for shape, packed in made]
+
+
 def read(packed: Tensor, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes (or the dense weight), zeros and scales, each float64 [O, I], from the places that native/src/packed.h names."""
     raw, wide = packed.numpy(), {"float32": 1, "bfloat16": 2, "int8": 4, "int4": 8, "float8": 4}[shape.kind]

@@ -14,6 +14,7 @@ from torch import Tensor
 from lineshaft.ops import coded_pages
 from lineshaft.ops.entries import entry_bytes
 from lineshaft.ops.formats import Fp8Block
+from lineshaft.ops.neighbours import MOST, Neighbours
 from lineshaft.ops.steady import KEYS
 
 Arguments = tuple[object, ...]
@@ -189,8 +190,24 @@ class Shapes(ExpertShapes):
         x = self.strided(self.draw(st.integers(0, 14)), shape.inputs)
         x[:1] *= self.draw(st.sampled_from([0, 1, 1e-30, 1e4]))
         bias = self.randn(shape.outputs, dtype=torch.float32) if self.draw(st.booleans()) else None
+        whole, wide = kind.startswith("int") and self.draw(st.booleans()), self.draw(st.booleans())
+        kept = torch.float32 if wide else self.dtype
+        added = self.strided(len(x), shape.outputs).to(kept) if self.draw(st.booleans()) else None
+        return x, packed, shape, bias, whole, wide, self.draw(INPUT_SCALES) if whole else 0.0, added
+
+    def packed_linears(self) -> Arguments:
+        return self._neighbours([self.draw(st.integers(1, 150)) for _ in range(self.size(MOST))])
+
+    def packed_swiglu(self) -> Arguments:
+        return self._neighbours([self.draw(st.integers(1, 150))] * 2)
+
+    def _neighbours(self, outputs: list[int]) -> Arguments:
+        kind = self.draw(st.sampled_from(["dense", "int8", "int4", "float8"]))
+        shapes, packed = zip(*self.draw(native_cases.neighbours(kind, self.dtype, outputs)), strict=True)
+        biases = tuple(self.randn(count, dtype=torch.float32) if self.draw(st.booleans()) else None for count in outputs)
         whole = kind.startswith("int") and self.draw(st.booleans())
-        return x, packed, shape, bias, whole, self.draw(st.booleans()), self.draw(INPUT_SCALES) if whole else 0.0
+        scale = self.draw(INPUT_SCALES) if whole else 0.0
+        return self.strided(self.draw(st.integers(0, 14)), shapes[0].inputs), Neighbours(packed, shapes, biases, whole, scale)
 
     def paged_attention(self) -> Arguments:
         heads, kv, width, values = self._heads()

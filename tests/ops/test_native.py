@@ -16,7 +16,7 @@ from native_cases import ISAS, NEEDS_NATIVE, on
 from op_cases import DTYPES, arguments, close
 from torch import Tensor
 
-from lineshaft.ops import checks, native, packing, reference, table
+from lineshaft.ops import checks, native, native_linear, packing, reference, reference_packed, table
 from lineshaft.ops.integers import Integers
 from lineshaft.ops.isa import library
 from lineshaft.ops.reach import Causal, Window
@@ -78,7 +78,7 @@ def test_a_product_of_4_bit_weights_is_what_its_definition_says(isa: str) -> Non
     made = packing.pack_coded(Integers(*map(torch.from_numpy, (codes, scale, zero))), 4)
     assert made is not None
     with on(isa):
-        got = native.packed_linear(torch.from_numpy(x), made[1], made[0], torch.from_numpy(bias), False).numpy()
+        got = native_linear.packed_linear(torch.from_numpy(x), made[1], made[0], torch.from_numpy(bias), False).numpy()
     assert np.abs(got - wanted).max() < 1e-6 * np.abs(wanted).max()
 
 
@@ -111,7 +111,7 @@ def test_every_number_of_fp8_meets_its_token_exactly(isa: str, dtype: torch.dtyp
     assert made is not None
     shape, packed = made
     with on(isa):
-        got = native.packed_linear(torch.eye(16, dtype=dtype).repeat(3, 1)[:tokens], packed, shape, None, False)
+        got = native_linear.packed_linear(torch.eye(16, dtype=dtype).repeat(3, 1)[:tokens], packed, shape, None, False)
     assert torch.equal(got.float(), weight.float().T.repeat(3, 1)[:tokens])
 
 
@@ -153,7 +153,7 @@ def test_a_product_hides_nothing_that_is_no_number(isa: str, kind: str, whole: f
     x[1, place] = spoilt
     with on(isa):
         rounding = bool(whole), False, whole if isinstance(whole, float) else 0.0
-        got, wanted = native.packed_linear(x, packed, shape, None, *rounding), reference.packed_linear(x, packed, shape, None, *rounding)
+        got, wanted = (of.packed_linear(x, packed, shape, None, *rounding) for of in (native_linear, reference_packed))
     assert not got[1][~wanted[1].isfinite()].isfinite().any()
     assert got[1][wanted[1].isnan()].isnan().all()
     assert got[[0, 2]].isfinite().all()
@@ -165,8 +165,8 @@ def test_the_smallest_and_the_largest_tokens_round_as_in_the_reference(isa: str,
     shape, packed = weight_of("int8")
     x = torch.linspace(-1, 1, 48)[None] * largest
     with on(isa):
-        got = native.packed_linear(x, packed, shape, None, True)
-    assert torch.allclose(got, reference.packed_linear(x, packed, shape, None, True), rtol=1e-5, atol=0, equal_nan=True)
+        got = native_linear.packed_linear(x, packed, shape, None, True)
+    assert torch.allclose(got, reference_packed.packed_linear(x, packed, shape, None, True), rtol=1e-5, atol=0, equal_nan=True)
 
 
 def attended(isa: str, change: Callable[[Tensor, Tensor, Tensor], object], kernel: Callable[..., Tensor]) -> Tensor:
@@ -275,7 +275,7 @@ def test_the_widest_heads_are_done() -> None:
 
 def product_with(x: Tensor, kind: str = "float32", whole: bool = False, bias: int = 70, size: int = 0, scale: float = 0.0) -> Tensor:
     shape, packed = weight_of(kind)
-    return native.packed_linear(x, packed[: len(packed) - size], shape, torch.zeros(bias), whole, input_scale=scale)
+    return native_linear.packed_linear(x, packed[: len(packed) - size], shape, torch.zeros(bias), whole, input_scale=scale)
 
 
 @pytest.mark.parametrize(

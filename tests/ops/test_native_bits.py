@@ -11,7 +11,7 @@ from native_cases import ISAS, NEEDS_NATIVE, on, same_bits, weights
 from paged_texts import Piece, Text, attend
 from torch import Tensor
 
-from lineshaft.ops import native
+from lineshaft.ops import native, native_linear
 from lineshaft.ops.reach import Causal, Window
 
 pytestmark = NEEDS_NATIVE
@@ -39,7 +39,7 @@ def test_a_row_of_a_product(isa: str, kind: str, dtype: torch.dtype, whole: bool
 
     def product(rows: list[int]) -> Tensor:
         with on(isa, data.draw(THREADS)):
-            return native.packed_linear(x[rows], packed, shape, bias, whole, input_scale=scale)
+            return native_linear.packed_linear(x[rows], packed, shape, bias, whole, input_scale=scale)
 
     alone = torch.cat([product([row]) for row in range(len(x))])
     for _ in range(3):

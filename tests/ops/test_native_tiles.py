@@ -17,7 +17,7 @@ from paged_texts import Text, attend
 from torch import Tensor
 
 from lineshaft.base.errors import ConfigError
-from lineshaft.ops import isa, native, native_experts, packing, reference
+from lineshaft.ops import isa, native, native_experts, native_linear, packing, reference
 from lineshaft.ops.experts import Feeds
 from lineshaft.ops.integers import Integers
 from lineshaft.ops.reach import Blocks, Causal, Reach, Window
@@ -84,7 +84,7 @@ def test_bf16_sums_go_in_the_order_of_intels_manual(inputs: int, rows: int, deno
         top = (wanted_O.view(torch.int32) & ~0xFF).view(torch.float32)
         for bias in (-top, torch.zeros(70)):
             with on("amx"):
-                got = native.packed_linear(x[[token]], made[1], made[0], bias, False)[0]
+                got = native_linear.packed_linear(x[[token]], made[1], made[0], bias, False)[0]
             assert torch.equal(got, (wanted_O + bias).bfloat16())
 
 
@@ -112,10 +112,10 @@ def test_8_bit_activations_give_the_bits_of_vectors(bits: int, inputs: int, grou
     shape, packed = coded(inputs, group, bits, zeros)
     x = torch.randn(max(TOKENS), inputs, generator=torch.Generator().manual_seed(1))
     with on("avx512_bf16"):
-        wanted = native.packed_linear(x, packed, shape, None, True)
+        wanted = native_linear.packed_linear(x, packed, shape, None, True)
     for tokens in TOKENS:
         with on("amx", 1 + tokens % 3):
-            assert same_bits(native.packed_linear(x[:tokens], packed, shape, None, True), wanted[:tokens])
+            assert same_bits(native_linear.packed_linear(x[:tokens], packed, shape, None, True), wanted[:tokens])
 
 
 @pytest.mark.parametrize("zeros", [False, True])
@@ -137,12 +137,12 @@ def same_in_any_company(shape: packing.Shape, packed: Tensor) -> None:
     packed = packed.clone()
     x = torch.randn(max(TOKENS), shape.inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
     with on("amx"):
-        alone = torch.cat([native.packed_linear(x[[row]], packed, shape, None, False) for row in range(len(x))])
+        alone = torch.cat([native_linear.packed_linear(x[[row]], packed, shape, None, False) for row in range(len(x))])
     wanted = x.float() @ packing.unpack(packed, shape).T
     assert torch.allclose(alone.float(), wanted, rtol=1e-2, atol=1e-2 * wanted.abs().max().item())
     for tokens in TOKENS:
         with on("amx", 1 + tokens % 3):
-            assert same_bits(native.packed_linear(x[-tokens:], packed, shape, None, False), alone[-tokens:])
+            assert same_bits(native_linear.packed_linear(x[-tokens:], packed, shape, None, False), alone[-tokens:])
 
 
 @pytest.mark.parametrize(("kind", "whole"), [("bfloat16", False), ("int8", True), ("int8 of 32", False), ("int4", True), ("float8", False)])
@@ -159,9 +159,9 @@ def test_groups_of_outputs_that_share_a_chunk_of_tokens_keep_the_bits(kind: str,
     assert made is not None
     x = torch.randn(500, inputs, generator=torch.Generator().manual_seed(2)).bfloat16()
     with on("amx", 1):
-        crowd = native.packed_linear(x, made[1], made[0], None, whole)
+        crowd = native_linear.packed_linear(x, made[1], made[0], None, whole)
         for row in (0, 16, 255, 256, 499):
-            assert same_bits(native.packed_linear(x[[row]], made[1], made[0], None, whole), crowd[[row]])
+            assert same_bits(native_linear.packed_linear(x[[row]], made[1], made[0], None, whole), crowd[[row]])
 
 
 @pytest.mark.parametrize("inputs", [4, 20, 32, 148, 320, 480])
@@ -172,12 +172,12 @@ def test_a_bf16_row_has_the_same_bits_in_any_company(inputs: int) -> None:
     assert made is not None
     shape, packed = made[0], made[1].clone()
     with on("amx"):
-        alone = torch.cat([native.packed_linear(x[[row]], packed, shape, None, False) for row in range(len(x))])
+        alone = torch.cat([native_linear.packed_linear(x[[row]], packed, shape, None, False) for row in range(len(x))])
     wanted = x.float() @ weight.float().T
     assert torch.allclose(alone.float(), wanted, rtol=1e-2, atol=1e-2 * wanted.abs().max().item())
     for tokens in TOKENS:
         with on("amx", 1 + tokens % 3):
-            assert same_bits(native.packed_linear(x[-tokens:], packed, shape, None, False), alone[-tokens:])
+            assert same_bits(native_linear.packed_linear(x[-tokens:], packed, shape, None, False), alone[-tokens:])
 
 
 # -- attention of one query, which reads keys where they lie ---------------------------------------------------------

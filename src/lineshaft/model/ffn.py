@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from lineshaft.model.fused import added, swiglu
 from lineshaft.model.junction import Junction, Port, ports
 from lineshaft.model.linear import Linear
 from lineshaft.model.units import Place, Size, Units, rows
-from lineshaft.ops import table as ops
 
 
 class FeedForward(nn.Module):
@@ -23,9 +23,10 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(hidden, width, bias)
         self.down_proj = Linear(width, hidden, bias)
 
-    def forward(self, x_TI: Tensor) -> Tensor:
-        """[T, hidden] to [T, hidden]."""
-        return self.down_proj(ops.silu_mul(self.gate_proj(x_TI), self.up_proj(x_TI)))
+    def forward(self, x_TI: Tensor, onto_TI: Tensor | None = None) -> Tensor:
+        """[T, hidden] to [T, hidden]; `onto_TI`: what it is added to."""
+        middle_TW = swiglu(x_TI, self.gate_proj, self.up_proj)
+        return self.down_proj(middle_TW) if onto_TI is None else added(onto_TI, self.down_proj, middle_TW)
 
     def readers(self, name: str) -> tuple[Port, ...]:
         """What reads the block's input; `name` is the block's own below the model."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lineshaft.model.attend import Attend
 from lineshaft.model.config import GroupedQueryAttention, ModelConfig
+from lineshaft.model.fused import added, side_by_side
 from lineshaft.model.junction import Junction, Port, ports
 from lineshaft.model.linear import Linear
 from lineshaft.model.norm import RmsNorm
@@ -33,13 +34,14 @@ class GqaBlock(nn.Module):
         self.q_norm = RmsNorm(a.head_dim, config.rms_norm_eps) if a.qk_norm else None
         self.k_norm = RmsNorm(a.head_dim, config.rms_norm_eps) if a.qk_norm else None
 
-    def forward(self, layer: int, x_TI: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
-        """[T, hidden] to [T, hidden]."""
-        q, k, v = (proj(x_TI).view(len(x_TI), -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, layer: int, x_TI: Tensor, rotate: Rotation, attend: Attend, onto_TI: Tensor) -> Tensor:
+        """[T, hidden] to [T, hidden], added to `onto_TI`."""
+        tokens = len(x_TI)
+        q, k, v = (x_TO.view(tokens, -1, self.head_dim) for x_TO in side_by_side(x_TI, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out_THD = attend.gqa(layer, rotate(q), rotate(k), v, self.scale, self.reach)
-        return self.o_proj(out_THD.flatten(1))
+        return added(onto_TI, self.o_proj, out_THD.flatten(1))
 
     def readers(self, name: str) -> tuple[Port, ...]:
         """What reads the block's input; `name` is the block's own below the model."""

@@ -16,7 +16,6 @@ from lineshaft.model.moe import ExpertBlock
 from lineshaft.model.norm import RmsNorm
 from lineshaft.model.rope import Rotation
 from lineshaft.model.units import Units
-from lineshaft.ops import table as ops
 
 
 class Layer(nn.Module):
@@ -39,8 +38,8 @@ class Layer(nn.Module):
 
     def forward(self, x_TI: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
         """[T, hidden] to [T, hidden]."""
-        x_TI = ops.add(x_TI, self.self_attn(self.index, self.input_layernorm(x_TI), rotate, attend))
-        return ops.add(x_TI, self.mlp(self.post_attention_layernorm(x_TI)))
+        x_TI = self.self_attn(self.index, self.input_layernorm(x_TI), rotate, attend, x_TI)
+        return self.mlp(self.post_attention_layernorm(x_TI), x_TI)
 
     def junctions(self, name: str) -> list[Junction]:
         """From each norm to what reads it, and those inside attention and feed-forward; `name` is the layer's own below the model."""

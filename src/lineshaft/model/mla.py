@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lineshaft.model.attend import Attend, IndexQuery, LatentQuery
 from lineshaft.model.config import Indexer, LatentAttention, ModelConfig
+from lineshaft.model.fused import added, side_by_side
 from lineshaft.model.junction import Junction, Port, ports
 from lineshaft.model.linear import Linear
 from lineshaft.model.norm import RmsNorm
@@ -50,17 +51,22 @@ class MlaBlock(nn.Module):
         self.o_proj = Linear(a.num_attention_heads * a.v_head_dim, hidden, a.bias)
         self.indexer = IndexerBlock(config, a, a.indexer) if a.indexer is not None else None
 
-    def forward(self, layer: int, x_TI: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
-        """[T, hidden] to [T, hidden]."""
+    def forward(self, layer: int, x_TI: Tensor, rotate: Rotation, attend: Attend, onto_TI: Tensor) -> Tensor:
+        """[T, hidden] to [T, hidden], added to `onto_TI`."""
         rotate = replace(rotate, interleaved=self.interleaved)
-        narrow_TI = self.q_a_layernorm(self.q_a_proj(x_TI)) if self.compressed_query else x_TI
-        q_TQ = self.q_b_proj(narrow_TI) if self.compressed_query else self.q_proj(x_TI)
+        first = self.q_a_proj if self.compressed_query else self.q_proj
+        q_TQ, latent_TC = side_by_side(x_TI, first, self.kv_a_proj_with_mqa)
+        narrow_TI = x_TI
+        if self.compressed_query:
+            narrow_TI = self.q_a_layernorm(q_TQ)
+            q_TQ = self.q_b_proj(narrow_TI)
         q_nope, q_rope = q_TQ.view(len(x_TI), -1, self.nope + self.rope).split_with_sizes([self.nope, self.rope], -1)
-        latent_TC, k_rope_TR = self.kv_a_proj_with_mqa(x_TI).split_with_sizes([self.latent, self.rope], -1)
+        latent_TC, k_rope_TR = latent_TC.split_with_sizes([self.latent, self.rope], -1)
         query = LatentQuery(q_nope, rotate(q_rope), self.kv_b_proj)
         latent_TC, k_rope_TR = self.kv_a_layernorm(latent_TC), rotate(k_rope_TR[:, None])[:, 0]
         index = None if self.indexer is None else self.indexer(x_TI, narrow_TI, rotate)
-        return self.o_proj(attend.mla(layer, query, latent_TC, k_rope_TR, self.scale, self.reach, index).flatten(1))
+        out_THV = attend.mla(layer, query, latent_TC, k_rope_TR, self.scale, self.reach, index)
+        return added(onto_TI, self.o_proj, out_THV.flatten(1))
 
     def readers(self, name: str) -> tuple[Port, ...]:
         """What reads the block's input; `name` is the block's own below the model."""

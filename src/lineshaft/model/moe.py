@@ -86,8 +86,8 @@ class ExpertBlock(nn.Module):
         self.shared_expert_gate = OutputGate(hidden) if gated else None
         self.added_experts = nn.ModuleList(AddedExpert(hidden, width) for _ in range(moe.n_added_experts))
 
-    def forward(self, x_TI: Tensor) -> Tensor:
-        """[T, hidden] to [T, hidden]."""
+    def forward(self, x_TI: Tensor, onto_TI: Tensor | None = None) -> Tensor:
+        """[T, hidden] to [T, hidden]; `onto_TI`: what it is added to."""
         weight_TK, expert_TK = self.gate(x_TI)
         feeds = self._feeds()
         if feeds is None:
@@ -95,12 +95,12 @@ class ExpertBlock(nn.Module):
         else:
             out_TI = ops.experts(x_TI, weight_TK, expert_TK, feeds)
         if self.shared_experts is not None:
-            out_TI = ops.add(out_TI, self.shared_experts(x_TI))
+            out_TI = self.shared_experts(x_TI, out_TI)
         if self.shared_expert is not None and self.shared_expert_gate is not None:
             out_TI = ops.add(out_TI, ops.scaled(self.shared_expert(x_TI), ops.sigmoid(self.shared_expert_gate(x_TI))))
         for added in self.added_experts:
             out_TI = ops.add(out_TI, added(x_TI))
-        return out_TI
+        return out_TI if onto_TI is None else ops.add(onto_TI, out_TI)
 
     def _feeds(self) -> Feeds | None:
         """The experts as one op takes them: packed, of one shape, without biases. None where they are not so."""

@@ -41,14 +41,15 @@ def _mixed(config: ModelConfig) -> set[str]:
 def _by_native_kernels(config: ModelConfig, found: set[str]) -> set[str]:
     """Weights that the kernels take are packed; what is not (odd widths, an indexer's own) stays as it is."""
     a, moe, layers = config.attention, config.moe, range(config.num_hidden_layers)
-    found = found - {"linear", "linear_int", "linear_int_a8", "linear_fp8"} | {"packed_linear"}
+    found = found - {"linear", "linear_int", "linear_int_a8", "linear_fp8", "silu_mul", "add"}
+    found |= {"packed_linear", "packed_linears", "packed_swiglu"}
     if isinstance(a, LatentAttention):
         if a.qk_nope_head_dim % 4 == 0 and a.kv_lora_rank % 4 == 0:
             found = found - {"by_head"} | {"packed_by_head"}
         found.add("linear" if a.indexer else "join")
     if moe is not None:
-        found |= {"widen", "experts"}
+        found |= {"widen", "experts", "add"}
         beside = moe.n_shared_experts or moe.shared_expert_intermediate_size or moe.n_added_experts
         if not beside and all(config.is_moe_layer(layer) for layer in layers):
-            found.remove("silu_mul")
+            found.remove("packed_swiglu")
     return found

@@ -37,11 +37,13 @@ class PackedPass:
         return self.stored.dtype == "bfloat16" and self.stored.format == "dense"
 
     def _product(self, product: Product, tokens: int) -> int:
-        """Weight and rows made ready, and the result."""
-        made = self.stored.working(product, self.stored.dtype, tokens)
+        """Weight and rows made ready, and the result. Its sums are in float32 where the processor has no products in bfloat16."""
+        made, outputs = self.stored.working(product, self.stored.dtype, tokens), tokens * product.outputs
         if self._widened:
-            return made + 4 * tokens * (product.inputs + product.outputs)
-        return made + self._item * tokens * product.outputs
+            return made + 4 * (tokens * product.inputs + outputs)
+        if self.stored.dtype == "bfloat16":
+            made = max(made, self._item * product.inputs * product.outputs + 4 * outputs)
+        return made + self._item * outputs
 
     def _attention(self) -> int:
         a = self.config.attention
@@ -51,8 +53,7 @@ class PackedPass:
     def _gqa(self, a: GroupedQueryAttention) -> int:
         """Projected and rotated queries and keys, and values; then the result."""
         q, kv = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
-        out = self._item * (2 * q + 2 * kv) * self.tokens + self._product(Product(q, self.config.hidden_size), self.tokens)
-        return max(self._item * (2 * q + 3 * kv) * self.tokens + self._attended(q + 2 * kv, q), out)
+        return max(self._item * (2 * q + 3 * kv) * self.tokens + self._attended(q + 2 * kv, q), self._given_out(q + 2 * kv, q))
 
     def _mla(self, a: LatentAttention) -> int:
         """Queries, the latent and what it is expanded to, keys and queries put together; then the result, as wide as keys."""
@@ -65,7 +66,13 @@ class PackedPass:
             index += 2 * 4 * SCORED * a.indexer.num_heads * self.row
         filled = heads * width if a.v_head_dim < width else 0
         kept = self._item * (3 * heads * width + latent + expanded) * self.tokens
-        return index + kept + self._attended(2 * heads * width + heads * a.v_head_dim, heads * width + filled)
+        attended = index + kept + self._attended(2 * heads * width + heads * a.v_head_dim, heads * width + filled)
+        return max(attended, self._given_out(heads * width + latent, heads * a.v_head_dim))
+
+    def _given_out(self, kept: int, width: int) -> int:
+        """Beside the result of attention so many numbers of a token, what it is projected to, and its sum with what came in."""
+        product = self._product(Product(width, self.config.hidden_size), self.tokens)
+        return self._item * (kept + width) * self.tokens + max(product, 2 * self._item * self.config.hidden_size * self.tokens)
 
     def _attended(self, into: int, out: int) -> int:
         """Numbers of a token that go into attention, widened, and that come out."""
@@ -111,8 +118,8 @@ def _attention_readings(config: ModelConfig, a: GroupedQueryAttention | LatentAt
         return [Product(hidden, a.num_attention_heads * a.head_dim), Product(a.num_attention_heads * a.head_dim, hidden)]
     expanded = a.num_attention_heads * (a.qk_nope_head_dim + a.v_head_dim)
     found = [Product(hidden, a.kv_lora_rank), Product(a.kv_lora_rank, expanded), Product(a.num_attention_heads * a.v_head_dim, hidden)]
-    if a.q_lora_rank is not None:  # what was narrowed is read between the two that read the layer's input, so these don't share it
-        found += [Product(hidden, a.q_lora_rank), Product(a.q_lora_rank, a.num_attention_heads * a.qk_nope_head_dim)]
-    if a.indexer is not None and a.q_lora_rank is not None:
-        found += [Product(a.q_lora_rank, a.indexer.num_heads * a.indexer.head_dim), Product(hidden, a.indexer.head_dim)]
+    if a.q_lora_rank is not None:
+        found.append(Product(a.q_lora_rank, a.num_attention_heads * a.qk_nope_head_dim))
+    if a.indexer is not None:  # its key reads the layer's input when others were read in between
+        found.append(Product(hidden, a.indexer.head_dim))
     return found

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lineshaft.ops.entries import entry_bytes
+from lineshaft.ops.neighbours import MOST
+from lineshaft.ops.neighbours import alike as alike_shapes
 from lineshaft.ops.packing import Shape
 from lineshaft.ops.sampling import COLUMNS
 
@@ -39,6 +41,12 @@ def linear(x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, si
         raise ValueError(f"packed_linear: activations in 8 bits need a weight of whole numbers, not {shape}")
     if input_scale and not (whole and 0 < input_scale < math.inf):
         raise ValueError(f"packed_linear: {input_scale} is no scale for activations {'in 8 bits' if whole else 'as they are'}")
+
+
+def neighbours(shapes: tuple[Shape, ...]) -> None:
+    """Weights that meet the same activations in one call."""
+    if not alike_shapes(shapes):
+        raise ValueError(f"packed weights side by side: at most {MOST}, alike but for their outputs, not {shapes}")
 
 
 def norm(x: Tensor, weight_I: Tensor) -> None:

@@ -38,7 +38,7 @@ class Feeds:
     """Of gates and ups."""
     down: Shape
     wide_whole: bool = False
-    """Activations are rounded to 8 bits, as in `reference.packed_linear`."""
+    """Activations are rounded to 8 bits, as in `reference_packed.packed_linear`."""
     down_whole: bool = False
 
 

@@ -25,7 +25,9 @@ MISSING = "native kernels are not installed: install g++ and cmake, then run the
 STEP_CALLS: Mapping[str, frozenset[int]] = {
     name: frozenset(places)
     for name, places in {
-        "linear": (5, 6, 9, 11),
+        "linear": (5, 6, 9, 11, 16),
+        "linears": (5, 6, 9, 11),
+        "swiglu": (5, 6, 9, 11),
         "norm": (1, 4, 6),
         "rope": (1, 4, 5, 7),
         "silu_mul": (1, 2, 3),

@@ -9,34 +9,8 @@ import torch
 from torch import Tensor
 
 from lineshaft.ops import checks
-from lineshaft.ops.packing import Shape
 from lineshaft.ops.reach import Blocks, Reach, Window
 from lineshaft.ops.recording import native_library, result
-
-
-def packed_linear(
-    x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, whole: bool, wide: bool = False, input_scale: float = 0.0
-) -> Tensor:
-    """See `reference.packed_linear`."""
-    kind, x_TI = checks.float_of(x_TI), rows_of(x_TI)
-    checks.linear(x_TI, packed, shape, bias_O, native_library().packed_bytes(*shape.native), whole, input_scale)
-    out_TO = result((len(x_TI), shape.outputs), torch.float32 if wide else x_TI.dtype)
-    bias = None if bias_O is None else bias_O.float().contiguous()
-    native_library().linear(
-        *shape.native,
-        packed.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        whole,
-        kind,
-        x_TI.data_ptr(),
-        x_TI.stride(0),
-        out_TO.data_ptr(),
-        shape.outputs,
-        len(x_TI),
-        wide,
-        input_scale,
-    )
-    return out_TO
 
 
 def rms_norm(x: Tensor, weight_I: Tensor, eps: float) -> Tensor:

@@ -55,7 +55,7 @@ def join(a_TA: Tensor, b_TB: Tensor) -> Tensor:
 
 
 def packed_by_head(x_THA: Tensor, packed_HX: Tensor, shape: Shape) -> Tensor:
-    """See `reference.packed_by_head`."""
+    """See `reference_packed.packed_by_head`."""
     x_THA = rows_of(x_THA)
     tokens, heads, width = x_THA.shape
     if width != shape.inputs or heads != len(packed_HX) or shape.scale_inputs or str(x_THA.dtype) != f"torch.{shape.kind}":
@@ -81,7 +81,7 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, rule: Rule) -> tuple[Tensor,
 
 
 def experts(x_TI: Tensor, weight_TK: Tensor, expert_TK: Tensor, feeds: Feeds) -> Tensor:
-    """See `reference.experts`."""
+    """See `reference_packed.experts`."""
     x_TI, weight_TK, expert_TK = rows_of(x_TI), weight_TK.contiguous(), expert_TK.contiguous()
     dense = [shape for shape in (feeds.wide, feeds.down) if not shape.scale_inputs]
     if x_TI.shape[1] != feeds.wide.inputs or any(str(x_TI.dtype) != f"torch.{shape.kind}" for shape in dense):

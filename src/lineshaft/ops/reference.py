@@ -1,5 +1,7 @@
 """The reference of every op: plain PyTorch, short and right. A faster kernel must agree with these on random shapes.
 
+Those of packed weights are in reference_packed.py.
+
 Shape letters: T tokens in the packed batch, I inputs, O outputs, G groups of inputs that share a scale, H query heads,
 K key-value heads, D head width, V value width, C latent width, R rotary width, S tokens of context, U some of them, P pages,
 B tokens in a page, or rows, N tiles of M queries each, E what one token leaves in one page.
@@ -15,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lineshaft.ops import coded_pages
-from lineshaft.ops.experts import Feeds, Rule, affinity, routed
+from lineshaft.ops.experts import Rule, affinity, routed
 from lineshaft.ops.fp8 import unpack_fp8
 from lineshaft.ops.integers import integers, rounded
-from lineshaft.ops.packing import Shape, unpack
 from lineshaft.ops.reach import Reach, Span, Window
 from lineshaft.ops.sampling import chosen
 
@@ -208,18 +209,6 @@ def paged_chosen_mla(q_THC: Tensor, q_rope_THR: Tensor, pages: Tensor, table: Te
     return attention(torch.cat([q_THC, q_rope_THR], -1), entries_UE, entries_UE, seen_TU, scale)[..., : q_THC.shape[-1]]
 
 
-def packed_linear(
-    x_TI: Tensor, packed: Tensor, shape: Shape, bias_O: Tensor | None, whole: bool, wide: bool = False, input_scale: float = 0.0
-) -> Tensor:
-    """x W^T + b for a weight laid out as ops/packing.py has it. Result [T, O] in the dtype of x, or float32 if `wide`.
-
-    `whole`: activations are rounded to 8 bits first, by a scale a token or by `input_scale` (`integers.rounded`).
-    """
-    q_TI, scale_T1 = rounded(x_TI, input_scale) if whole else (x_TI.float(), torch.ones(1, 1))
-    product_TO = F.linear(q_TI, unpack(packed, shape).float()) * scale_T1
-    return (product_TO if bias_O is None else product_TO + bias_O.float()).to(torch.float32 if wide else x_TI.dtype)
-
-
 def write_pages(pages: Tensor, slots_T: Tensor, entry: Tensor) -> Tensor:
     """Put each token's entry [T, ...] into its slot (page * B + place) of pages [P, B, ...], in place; the pages."""
     pages.flatten(0, 1)[slots_T] = entry
@@ -281,25 +270,9 @@ def by_head(x_THA: Tensor, weight_HAB: Tensor) -> Tensor:
     return torch.einsum("tha,hab->thb", x_THA, weight_HAB)
 
 
-def packed_by_head(x_THA: Tensor, packed_HX: Tensor, shape: Shape) -> Tensor:
-    """`by_head` for weights [B, A] of each head, packed (ops/packing.py). Result [T, H, B] in the dtype of x."""
-    weight_HBA = torch.stack([unpack(packed, shape) for packed in packed_HX])
-    return torch.einsum("tha,hba->thb", x_THA.float(), weight_HBA.float()).to(x_THA.dtype)
-
-
 def route(logits_TE: Tensor, bias_E: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
     """Weights [T, K] in float32 and experts int64 [T, K] of each token; the bias steers the choice, never the weights."""
     return routed(affinity(logits_TE, rule), bias_E, rule)
-
-
-def experts(x_TI: Tensor, weight_TK: Tensor, expert_TK: Tensor, feeds: Feeds) -> Tensor:
-    """Each token through its K experts, their results weighted and added up. Result [T, I] in the dtype of x."""
-    y_TKI = x_TI.new_zeros(*expert_TK.shape, feeds.down.outputs)
-    for expert in sorted(set(expert_TK.flatten().tolist())):
-        rows, places = (expert_TK == expert).nonzero(as_tuple=True)
-        gate, up = (packed_linear(x_TI[rows], of[expert], feeds.wide, None, feeds.wide_whole) for of in (feeds.gates, feeds.ups))
-        y_TKI[rows, places] = packed_linear(silu_mul(gate, up), feeds.downs[expert], feeds.down, None, feeds.down_whole)
-    return (y_TKI * weight_TK.to(x_TI.dtype)[:, :, None]).sum(1)
 
 
 def tile_gqa(q_NMHD: Tensor, pages_k: Tensor, pages_v: Tensor, slots_NS: Tensor, seen_NMS: Tensor, scale: float) -> Tensor:

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lineshaft.ops import cpu, native, native_experts, reference
+from lineshaft.ops import cpu, native, native_experts, native_linear, reference, reference_packed
 from lineshaft.ops import steady as steady_kernels
 from lineshaft.ops.experts import Feeds, Rule
 from lineshaft.ops.isa import library
+from lineshaft.ops.neighbours import Neighbours
 from lineshaft.ops.packing import Shape
 from lineshaft.ops.reach import Reach
 
@@ -47,10 +48,12 @@ REFERENCE: Mapping[str, Kernel] = {
     "scaled": reference.scaled,
     "widen": reference.widen,
     "join": reference.join,
-    "packed_by_head": reference.packed_by_head,
+    "packed_by_head": reference_packed.packed_by_head,
     "route": reference.route,
-    "experts": reference.experts,
-    "packed_linear": reference.packed_linear,
+    "experts": reference_packed.experts,
+    "packed_linear": reference_packed.packed_linear,
+    "packed_linears": reference_packed.packed_linears,
+    "packed_swiglu": reference_packed.packed_swiglu,
     "write_pages": reference.write_pages,
     "paged_attention": reference.paged_attention,
     "write_codes": reference.write_codes,
@@ -81,7 +84,9 @@ STEADY: Mapping[str, Kernel] = {
 """On processors, the same bits for a row in any company; every other op gives them anyhow, as the engine calls it."""
 
 NATIVE: Mapping[str, Kernel] = {
-    "packed_linear": native.packed_linear,
+    "packed_linear": native_linear.packed_linear,
+    "packed_linears": native_linear.packed_linears,
+    "packed_swiglu": native_linear.packed_swiglu,
     "rms_norm": native.rms_norm,
     "rope": native.rope,
     "silu_mul": native.silu_mul,
@@ -242,10 +247,27 @@ def tile_mla(q: Tensor, pages: Tensor, slots: Tensor, seen: Tensor, scale: float
 
 
 def packed_linear(
-    x: Tensor, packed: Tensor, shape: Shape, bias: Tensor | None, whole: bool, wide: bool = False, input_scale: float = 0.0
+    x: Tensor,
+    packed: Tensor,
+    shape: Shape,
+    bias: Tensor | None,
+    whole: bool,
+    wide: bool = False,
+    input_scale: float = 0.0,
+    added: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.packed_linear`."""
-    return kernel("packed_linear", x)(x, packed, shape, bias, whole, wide, input_scale)
+    """See `reference_packed.packed_linear`."""
+    return kernel("packed_linear", x)(x, packed, shape, bias, whole, wide, input_scale, added)
+
+
+def packed_linears(x: Tensor, weights: Neighbours) -> tuple[Tensor, ...]:
+    """See `reference_packed.packed_linears`."""
+    return tuple(kernel("packed_linears", x)(x, weights))
+
+
+def packed_swiglu(x: Tensor, gate_and_up: Neighbours) -> Tensor:
+    """See `reference_packed.packed_swiglu`."""
+    return kernel("packed_swiglu", x)(x, gate_and_up)
 
 
 def write_pages(pages: Tensor, slots: Tensor, entry: Tensor) -> Tensor:
@@ -296,7 +318,7 @@ def join(a: Tensor, b: Tensor) -> Tensor:
 
 
 def packed_by_head(x: Tensor, packed: Tensor, shape: Shape) -> Tensor:
-    """See `reference.packed_by_head`."""
+    """See `reference_packed.packed_by_head`."""
     return kernel("packed_by_head", x)(x, packed, shape)
 
 
@@ -307,7 +329,7 @@ def route(logits: Tensor, bias: Tensor | None, rule: Rule) -> tuple[Tensor, Tens
 
 
 def experts(x: Tensor, weight: Tensor, expert: Tensor, feeds: Feeds) -> Tensor:
-    """See `reference.experts`."""
+    """See `reference_packed.experts`."""
     return kernel("experts", x)(x, weight, expert, feeds)
 
 
