@@ -25,8 +25,21 @@ struct Layout {
 /// Are codes, FP8 among them, multiplied as pairs of bf16? They and activations in bf16 are exact in it.
 inline bool in_pairs(const Linear& l) { return Lanes::kDotBf16 && l.activation == Activation::bf16 && l.shape.scale_inputs && !l.whole; }
 
+/// Is there nothing to pack? One token's dense row is packed already.
+inline bool as_it_is(const Linear& l) { return l.tokens == 1 && !l.shape.scale_inputs; }
+
+/// Are activations in bf16 made float32 before they meet weights in bf16? Where they are packed and there are no products of pairs.
+inline bool in_singles(const Linear& l) { return !Lanes::kDotBf16 && l.shape.kind == Weight::bf16 && !as_it_is(l); }
+
+/// Do activations in 8 bits have 16 in the product?
+inline bool halves(const Linear& l) { return Lanes::kHalves && l.shape.kind == Weight::int8; }
+
 /// 32-bit words of a token's packed activations.
-inline int64_t words_of(const Linear& l) { return in_pairs(l) ? l.shape.inputs / 2 : l.shape.words(l.whole); }
+inline int64_t words_of(const Linear& l) {
+    if (in_pairs(l)) return l.shape.inputs / 2;
+    if (l.whole) return l.shape.inputs / (halves(l) ? 2 : 4);
+    return l.shape.scale_inputs || in_singles(l) ? l.shape.inputs : l.shape.inputs / inputs_a_row(l.shape.kind);
+}
 
 /// The same for tiles of so many tokens.
 inline Layout layout_for(const Linear& l, void* scratch, int64_t tile) {
@@ -53,6 +66,17 @@ inline float scale_of(const Linear& l, const void* x) {
     return spoilt != spoilt ? spoilt : l.input_scale > 0 ? l.input_scale : found > 0 ? found : 1.0f;
 }
 
+/// Four numbers of 8 bits to the `step`-th places of word `i`; `halves`: as two words of 16 bits each, first of the even ones.
+inline void put_word(uint32_t bytes, bool halves, uint32_t* to, int64_t i, int64_t step) {
+    if (!halves) {
+        to[i * step] = bytes;
+        return;
+    }
+    const auto wide = [&](int byte) { return uint32_t(uint16_t(int16_t(int8_t(bytes >> (8 * byte))))); };
+    to[2 * i * step] = wide(0) | wide(2) << 16;
+    to[(2 * i + 1) * step] = wide(1) | wide(3) << 16;
+}
+
 /// One token in 8 bits: q = round(x / scale), to -127 where the scale is the token's own, else to -128. Words go to every `step`-th place
 /// from `to` on, sums to every `sum_step`-th.
 inline void round_token(const Linear& l, const void* x, const Layout& s, int64_t step, uint32_t* to, float* scale, int64_t sum_step, int32_t* sums) {
@@ -67,7 +91,7 @@ inline void round_token(const Linear& l, const void* x, const Layout& s, int64_t
             sum = Lanes::add(sum, q);
             uint32_t words[4];
             Lanes::to_bytes(words, q);
-            for (int64_t j = 0; j < count / 4; j++) to[(i / 4 + j) * step] = words[j];
+            for (int64_t j = 0; j < count / 4; j++) put_word(words[j], halves(l), to, i / 4 + j, step);
         }
         sums[g * sum_step] = int32_t(Lanes::sum(sum));
     }
@@ -80,7 +104,7 @@ inline void pack_words(const Linear& l, const void* x, const Layout& s, int64_t 
             const int64_t first = i / 2 * 4 + i % 2;
             to[i * step] = uint32_t(narrow[first]) | uint32_t(narrow[first + 2]) << 16;
         }
-    } else if (in_pairs(l) || l.shape.kind == Weight::bf16) {
+    } else if (in_pairs(l) || (l.shape.kind == Weight::bf16 && !in_singles(l))) {
         for (int64_t i = 0; i < s.words; i++) std::memcpy(&to[i * step], narrow + 2 * i, 4);
     } else {
         for (int64_t i = 0; i < s.words; i++) {
@@ -105,8 +129,5 @@ inline void sum_token(const Linear& l, const void* x, const Layout& s, int64_t s
 inline const void* token_of(const Linear& l, int64_t token) {
     return row_of(l.activation, l.x, (l.rows ? l.rows[token] : token) * l.x_stride);
 }
-
-/// Is there nothing to pack? One token's dense row is packed already.
-inline bool as_it_is(const Linear& l) { return l.tokens == 1 && !l.shape.scale_inputs; }
 
 }  // namespace

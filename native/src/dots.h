@@ -1,7 +1,8 @@
 // How one 64-byte row of packed weights (16 outputs, 1 to 8 inputs each) meets the activations of one token.
 //
 // A `Dot` adds into one accumulator an output, in the order of the inputs and by the same instructions however many
-// tokens are worked on together: that is what makes a token's numbers the same bits in any company.
+// tokens are worked on together: that is what makes a token's numbers the same bits in any company. Where a row is met in
+// several parts (kParts), each of them meets all tokens before the next one does: fewer registers hold what was unpacked.
 #pragma once
 #include <type_traits>
 
@@ -47,6 +48,23 @@ struct DotBf16 {
     }
 };
 
+/// The same where products are made in float32: one neighbour after the other, activations as float32.
+struct DotBf16Apart {
+    using Acc = Lanes::F;
+    using W = Lanes::F;
+    using A = Lanes::F;
+    static constexpr int kWords = 2, kParts = 2;
+    static constexpr bool kWhole = false;
+    static Acc zero() { return Lanes::set1(0.0f); }
+    template <int P> static W weights(const uint8_t* p) {
+        const auto pairs = Lanes::load_int(p);
+        if constexpr (P == 0) return Lanes::as_float(Lanes::template shift_left<16>(pairs));
+        else return Lanes::as_float(Lanes::and_int(pairs, Lanes::set1_int(int32_t(0xffff0000))));
+    }
+    template <int P> static A spread(const uint32_t* a, int step) { return Lanes::as_float(Lanes::set1_int(int32_t(word_at(a + P * step)))); }
+    static Acc dot(Acc acc, const W& w, const A& a) { return Lanes::fma(a, w, acc); }
+};
+
 /// Unsigned 8-bit weights, signed 8-bit activations: four inputs a row, exact in int32.
 struct DotI8 {
     using Acc = Lanes::I;
@@ -54,55 +72,47 @@ struct DotI8 {
     using A = Lanes::I;
     static constexpr int kWords = 1;
     static constexpr bool kWhole = true;  // sums of whole numbers
-    static constexpr int kInputs = 4;
     static Acc zero() { return Lanes::set1_int(0); }
     static W weights(const uint8_t* p) { return Lanes::load_int(p); }
     static A spread(const uint32_t* a, int) { return Lanes::set1_int(int32_t(word_at(a))); }
     static Acc dot(Acc acc, const W& w, const A& a) { return Lanes::dot_bytes(acc, w, a); }
 };
 
+/// The same where there are no products of four bytes: even and odd inputs as pairs of 16 bits.
+struct DotI8Apart : DotI8 {
+    static constexpr int kWords = 2, kParts = 2;
+    template <int P> static W weights(const uint8_t* p) { return Lanes::template every_other<P>(Lanes::load_int(p)); }
+    template <int P> static A spread(const uint32_t* a, int step) { return Lanes::set1_int(int32_t(word_at(a + P * step))); }
+    static Acc dot(Acc acc, const W& w, const A& a) { return Lanes::dot_halves(acc, w, a); }
+};
+
 /// Unsigned 4-bit weights, signed 8-bit activations: eight inputs a row, the low half of each byte before the high one.
-struct DotI4 {
-    using Acc = Lanes::I;
-    struct Two { Lanes::I low, high; };
-    using W = Two;
-    using A = Two;
-    static constexpr int kWords = 2;
-    static constexpr bool kWhole = true;  // sums of whole numbers
-    static constexpr int kInputs = 8;
-    static Acc zero() { return Lanes::set1_int(0); }
-    static W weights(const uint8_t* p) {
-        const auto mask = Lanes::set1_int(0x0f0f0f0f);
-        const auto both = Lanes::load_int(p);
-        return {Lanes::and_int(both, mask), Lanes::and_int(Lanes::template shift_right<4>(both), mask)};
+struct DotI4 : DotI8 {
+    static constexpr int kWords = 2, kParts = 2;
+    template <int P> static W weights(const uint8_t* p) {
+        return Lanes::and_int(Lanes::template shift_right<4 * P>(Lanes::load_int(p)), Lanes::set1_int(0x0f0f0f0f));
     }
-    static A spread(const uint32_t* a, int step) { return {Lanes::set1_int(int32_t(word_at(a))), Lanes::set1_int(int32_t(word_at(a + step)))}; }
-    static Acc dot(Acc acc, const W& w, const A& a) { return Lanes::dot_bytes(Lanes::dot_bytes(acc, w.low, a.low), w.high, a.high); }
+    template <int P> static A spread(const uint32_t* a, int step) { return Lanes::set1_int(int32_t(word_at(a + P * step))); }
+    static Acc dot(Acc acc, const W& w, const A& a) { return Lanes::dot_nibbles(acc, w, a); }
+};
+
+/// N numbers of float32 in each word of weights, one after the other.
+template <int N>
+struct DotCodes {
+    using Acc = Lanes::F;
+    using W = Lanes::F;
+    using A = Lanes::F;
+    static constexpr int kWords = N, kParts = N;
+    static constexpr bool kWhole = false;
+    static Acc zero() { return Lanes::set1(0.0f); }
+    template <int P> static A spread(const uint32_t* a, int step) { return Lanes::as_float(Lanes::set1_int(int32_t(word_at(a + P * step)))); }
+    static Acc dot(Acc acc, const W& w, const A& a) { return Lanes::fma(a, w, acc); }
 };
 
 /// 8-bit weights, taken as signed, and float32 activations: four inputs a row.
-struct DotW8 {
-    using Acc = Lanes::F;
-    struct Four { Lanes::F k[4]; };
-    using W = Four;
-    using A = Four;
-    static constexpr int kWords = 4;
-    static constexpr bool kWhole = false;  // sums of whole numbers
-    static constexpr int kInputs = 4;
-    static Acc zero() { return Lanes::set1(0.0f); }
-    static W weights(const uint8_t* p) {
-        const auto all = Lanes::xor_int(Lanes::load_int(p), Lanes::set1_int(int32_t(0x80808080)));  // code - 128
-        return {{Lanes::template signed_byte<0>(all), Lanes::template signed_byte<1>(all), Lanes::template signed_byte<2>(all),
-                 Lanes::template signed_byte<3>(all)}};
-    }
-    static A spread(const uint32_t* a, int step) {
-        A r;
-        for (int j = 0; j < 4; j++) r.k[j] = Lanes::as_float(Lanes::set1_int(int32_t(word_at(a + j * step))));
-        return r;
-    }
-    static Acc dot(Acc acc, const W& w, const A& a) {
-        for (int j = 0; j < 4; j++) acc = Lanes::fma(a.k[j], w.k[j], acc);
-        return acc;
+struct DotW8 : DotCodes<4> {
+    template <int P> static W weights(const uint8_t* p) {
+        return Lanes::template signed_byte<P>(Lanes::xor_int(Lanes::load_int(p), Lanes::set1_int(int32_t(0x80808080))));  // code - 128
     }
 };
 
@@ -120,39 +130,13 @@ inline Lanes::F fp8_byte(Lanes::I x) {
 }
 
 /// FP8 weights and float32 activations: four inputs a row.
-struct DotF8 : DotW8 {
-    static W weights(const uint8_t* p) {
-        const auto all = Lanes::load_int(p);
-        return {{fp8_byte<0>(all), fp8_byte<1>(all), fp8_byte<2>(all), fp8_byte<3>(all)}};
-    }
+struct DotF8 : DotCodes<4> {
+    template <int P> static W weights(const uint8_t* p) { return fp8_byte<P>(Lanes::load_int(p)); }
 };
 
 /// 4-bit weights, taken as code - 8, and float32 activations: eight inputs a row, those in the low halves of the bytes first.
-struct DotW4 {
-    using Acc = Lanes::F;
-    struct Eight { Lanes::F k[8]; };
-    using W = Lanes::I;
-    using A = Eight;
-    static constexpr int kWords = 8;
-    static constexpr bool kWhole = false;  // sums of whole numbers
-    static constexpr int kInputs = 8;
-    static Acc zero() { return Lanes::set1(0.0f); }
-    static W weights(const uint8_t* p) { return Lanes::load_int(p); }
-    static A spread(const uint32_t* a, int step) {
-        A r;
-        for (int j = 0; j < 8; j++) r.k[j] = Lanes::as_float(Lanes::set1_int(int32_t(word_at(a + j * step))));
-        return r;
-    }
-    static Acc dot(Acc acc, const W& w, const A& a) {
-        acc = Lanes::fma(a.k[0], Lanes::template nibble<0>(w), acc);
-        acc = Lanes::fma(a.k[1], Lanes::template nibble<8>(w), acc);
-        acc = Lanes::fma(a.k[2], Lanes::template nibble<16>(w), acc);
-        acc = Lanes::fma(a.k[3], Lanes::template nibble<24>(w), acc);
-        acc = Lanes::fma(a.k[4], Lanes::template nibble<4>(w), acc);
-        acc = Lanes::fma(a.k[5], Lanes::template nibble<12>(w), acc);
-        acc = Lanes::fma(a.k[6], Lanes::template nibble<20>(w), acc);
-        return Lanes::fma(a.k[7], Lanes::template nibble<28>(w), acc);
-    }
+struct DotW4 : DotCodes<8> {
+    template <int P> static W weights(const uint8_t* p) { return Lanes::template nibble<8 * (P % 4) + 4 * (P / 4)>(Lanes::load_int(p)); }
 };
 
 #ifdef LINESHAFT_DOT_BF16

@@ -67,8 +67,7 @@ inline __attribute__((always_inline)) Apart<Dot> apart(const uint8_t* p) {
 /// Bytes need not be made pairs first.
 template <>
 inline __attribute__((always_inline)) Apart<DotW8Pairs> apart<DotW8Pairs>(const uint8_t* p) {
-    const auto four = DotW8::weights(p);
-    return {{four.k[0], four.k[2]}, {four.k[1], four.k[3]}};
+    return {{DotW8::weights<0>(p), DotW8::weights<2>(p)}, {DotW8::weights<1>(p), DotW8::weights<3>(p)}};
 }
 
 /// parts[M][64] += of `rows` packed rows, tile after tile of `turn` rows. a: packed words, those of one row of all tokens together.

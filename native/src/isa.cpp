@@ -43,9 +43,11 @@ const Kernels* const* runnable() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[count++] = &kAvx2;
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+                      __builtin_cpu_supports("avx512vl");
     if (wide) found[count++] = &kAvx512;
-    const bool pairs = wide && __builtin_cpu_supports("avx512bf16");
+    const bool bytes = wide && __builtin_cpu_supports("avx512vnni");
+    if (bytes) found[count++] = &kAvx512Vnni;
+    const bool pairs = bytes && __builtin_cpu_supports("avx512bf16");
     if (pairs) found[count++] = &kAvx512Bf16;
     if (pairs && tiles_permitted()) found[count++] = &kAmx;
 #endif

@@ -150,7 +150,7 @@ struct Kernels {
     void (*experts)(const Experts&, Stage, void* scratch, int part, int parts);  // scratch: desk.h
 };
 
-extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx;
+extern const Kernels kScalar, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kAmx;
 
 /// The tables that this processor can run, worst first; null behind the last.
 const Kernels* const* runnable();

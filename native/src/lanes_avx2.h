@@ -10,6 +10,7 @@ struct Lanes {
     static constexpr int kMaxRows = 4;
     static constexpr int kBlocks = 1;
     static constexpr bool kDotBf16 = false;
+    static constexpr bool kHalves = true;
 
     struct F { __m256 a, b; };
     struct I { __m256i a, b; };
@@ -112,19 +113,26 @@ struct Lanes {
         __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded(x.a), rounded(x.b)), 0xd8);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
     }
-    static __m256i dot4(__m256i acc, __m256i w, __m256i a) {
-        // even and odd bytes as 16-bit numbers: maddubs would saturate
-        __m256i even = _mm256_and_si256(w, _mm256_set1_epi16(0xff)), odd = _mm256_srli_epi16(w, 8);
-        __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), a_odd = _mm256_srai_epi16(a, 8);
-        return _mm256_add_epi32(acc, _mm256_add_epi32(_mm256_madd_epi16(even, a_even), _mm256_madd_epi16(odd, a_odd)));
+    /// The even (0) or odd (1) bytes of each lane as two unsigned numbers of 16 bits.
+    template <int P> static I every_other(I x) {
+        if constexpr (P == 0) return and_int(x, {_mm256_set1_epi16(0xff), _mm256_set1_epi16(0xff)});
+        else return {_mm256_srli_epi16(x.a, 8), _mm256_srli_epi16(x.b, 8)};
+    }
+    /// acc += two numbers of 16 bits times two others, in each lane.
+    static I dot_halves(I acc, I w, I a) {
+        return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, a.a)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, a.b))};
+    }
+    /// acc += four unsigned numbers below 16 times four signed bytes: sums of two fit into 16 bits, those of bytes would not.
+    static I dot_nibbles(I acc, I w, I a) {
+        const I one = {_mm256_set1_epi16(1), _mm256_set1_epi16(1)};
+        return dot_halves(acc, {_mm256_maddubs_epi16(w.a, a.a), _mm256_maddubs_epi16(w.b, a.b)}, one);
     }
     /// 16 words of two bf16 each: one from either row, that of `even` below.
     static void interleave(const uint16_t* even, const uint16_t* odd, uint32_t* out) {
         for (int i = 0; i < 16; i++) out[i] = uint32_t(even[i]) | uint32_t(odd[i]) << 16;
     }
     static void narrow(uint16_t* p, F x) { to_bf16(p, x); }
-    /// acc += four unsigned bytes of w times four signed bytes of a, in each lane.
-    static I dot_bytes(I acc, I w, I a) { return {dot4(acc.a, w.a, a.a), dot4(acc.b, w.b, a.b)}; }
+    static I dot_bytes(I acc, I, I) { return acc; }
     static F dot_pairs(F acc, I, I) { return acc; }
 };
 

@@ -1,4 +1,5 @@
-// Sixteen numbers in one register of AVX-512 (F, BW, DQ, VL, VNNI), and with LINESHAFT_DOT_BF16 its products of bf16 pairs.
+// Sixteen numbers in one register of AVX-512 (F, BW, DQ, VL), with LINESHAFT_VNNI its products of bytes, and with LINESHAFT_DOT_BF16 those of
+// bf16 pairs.
 #pragma once
 #include <immintrin.h>
 
@@ -108,8 +109,24 @@ struct Lanes {
 #else
     static void narrow(uint16_t* p, F x) { to_bf16(p, x); }
 #endif
+    /// acc += two numbers of 16 bits times two others, in each lane.
+    static I dot_halves(I acc, I w, I a) { return _mm512_add_epi32(acc, _mm512_madd_epi16(w, a)); }
+    /// The even (0) or odd (1) bytes of each lane as two unsigned numbers of 16 bits.
+    template <int P> static I every_other(I x) {
+        if constexpr (P == 0) return _mm512_and_si512(x, _mm512_set1_epi16(0xff));
+        else return _mm512_srli_epi16(x, 8);
+    }
+#ifdef LINESHAFT_VNNI
+    static constexpr bool kHalves = false;
     /// acc += four unsigned bytes of w times four signed bytes of a, in each lane.
     static I dot_bytes(I acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
+    static I dot_nibbles(I acc, I w, I a) { return dot_bytes(acc, w, a); }
+#else
+    static constexpr bool kHalves = true;
+    static I dot_bytes(I acc, I, I) { return acc; }
+    /// acc += four unsigned numbers below 16 times four signed bytes: sums of two fit into 16 bits, those of bytes would not.
+    static I dot_nibbles(I acc, I w, I a) { return dot_halves(acc, _mm512_maddubs_epi16(w, a), _mm512_set1_epi16(1)); }
+#endif
 #ifdef LINESHAFT_DOT_BF16
     /// Pairs of bf16 of two numbers that bf16 holds.
     static I pair(F low, F high) { return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high)); }

@@ -12,6 +12,7 @@ struct Lanes {
     static constexpr int kMaxRows = 2;   // rows x blocks of a product kept in registers
     static constexpr int kBlocks = 1;    // blocks of 16 outputs at a time
     static constexpr bool kDotBf16 = false;
+    static constexpr bool kHalves = false;
 
     struct F { float v[16]; };
     struct I { int32_t v[16]; };
@@ -86,6 +87,9 @@ struct Lanes {
             return s;
         });
     }
+    static I dot_nibbles(I acc, I w, I a) { return dot_bytes(acc, w, a); }
+    static I dot_halves(I acc, I, I) { return acc; }
+    template <int> static I every_other(I x) { return x; }
     static F dot_pairs(F acc, I, I) { return acc; }
 };
 

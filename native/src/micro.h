@@ -30,18 +30,35 @@ struct Ahead {
     int64_t step;  // bytes from row to row
 };
 
+/// One part of a row, and its words of activations.
+template <class Dot, int P>
+struct Part {
+    static typename Dot::W weights(const uint8_t* p) { return Dot::template weights<P>(p); }
+    static typename Dot::A spread(const uint32_t* a, int step) { return Dot::template spread<P>(a, step); }
+};
+
+/// acc[m][b] += activations of token m times block b, of one row or a part of it.
+template <class Dot, int M, int B, class Side>
+inline __attribute__((always_inline)) void meet(Side, const uint32_t* a, const uint8_t* w, typename Dot::Acc (&acc)[M][B]) {
+    typename Dot::W weights[B];
+    EACH(b, B) { weights[b] = Side::weights(w + b * 64); });
+    EACH(m, M) {
+        const typename Dot::A spread = Side::spread(a + m, M);
+        EACH(b, B) { acc[m][b] = Dot::dot(acc[m][b], weights[b], spread); });
+    });
+}
+
 /// acc[m][b] += activations of token m times block b, over `rows` packed rows from `w` on.
 /// a: packed words, those of one row of all `M` tokens together: [rows][words a row][M].
 template <class Dot, int M, int B>
 inline __attribute__((always_inline)) void accumulate(const uint32_t* a, const uint8_t* w, int64_t rows, Ahead ahead, typename Dot::Acc (&acc)[M][B]) {
     for (int64_t row = 0; row < rows; row++) {
         EACH(b, B) { __builtin_prefetch(ahead.from + b * 64, 0, 3); });
-        typename Dot::W weights[B];
-        EACH(b, B) { weights[b] = Dot::weights(w + b * 64); });
-        EACH(m, M) {
-            const typename Dot::A spread = Dot::spread(a + m, M);
-            EACH(b, B) { acc[m][b] = Dot::dot(acc[m][b], weights[b], spread); });
-        });
+        if constexpr (requires { Dot::kParts; }) {
+            EACH(part, Dot::kParts) { meet<Dot, M, B>(Part<Dot, decltype(part)::value>{}, a, w, acc); });
+        } else {
+            meet<Dot, M, B>(Dot{}, a, w, acc);
+        }
         a += M * Dot::kWords;
         w += kRowBytes;
         ahead.from += ahead.step;

@@ -28,6 +28,6 @@ struct Shape {
     int64_t rows_a_scale() const { return (scale_inputs ? scale_inputs : inputs) / inputs_a_row(kind); }
     int64_t group_bytes() const { return scales() * (header_bytes() + rows_a_scale() * kRowBytes); }
     int64_t bytes() const { return groups() * group_bytes(); }
-    /// 32-bit words of a token's packed activations; `whole`: they are rounded to 8 bits.
-    int64_t words(bool whole) const { return scale_inputs ? (whole ? inputs / 4 : inputs) : inputs / inputs_a_row(kind); }
+    /// Room for a token's packed activations on every instruction set, in 32-bit words; `whole`: they are rounded to 8 bits.
+    int64_t words(bool whole) const { return whole ? inputs / 2 : inputs; }
 };

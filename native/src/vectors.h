@@ -86,6 +86,8 @@ Way pairs_way(bool several) {
 }
 #endif
 
+using DotBytes = std::conditional_t<Lanes::kHalves, DotI8Apart, DotI8>;
+
 inline Way way_of(const Linear& l, bool several) {
 #ifdef LINESHAFT_DOT_BF16
     if (in_pairs(l)) {
@@ -100,9 +102,9 @@ inline Way way_of(const Linear& l, bool several) {
 #endif
     switch (l.shape.kind) {
         case Weight::f32: return {take_for<DotF32, false>, nullptr, DotF32::kWords};
-        case Weight::bf16: return {take_for<DotBf16, false>, nullptr, DotBf16::kWords};
+        case Weight::bf16: return in_singles(l) ? Way{take_for<DotBf16Apart, false>, nullptr, DotBf16Apart::kWords} : Way{take_for<DotBf16, false>, nullptr, DotBf16::kWords};
         case Weight::fp8: return {take_for<DotF8, true>, nullptr, DotF8::kWords};
-        case Weight::int8: return l.whole ? Way{take_for<DotI8, true>, nullptr, DotI8::kWords} : Way{take_for<DotW8, true>, nullptr, DotW8::kWords};
+        case Weight::int8: return l.whole ? Way{take_for<DotBytes, true>, nullptr, DotBytes::kWords} : Way{take_for<DotW8, true>, nullptr, DotW8::kWords};
         default: return l.whole ? Way{take_for<DotI4, true>, nullptr, DotI4::kWords} : Way{take_for<DotW4, true>, nullptr, DotW4::kWords};
     }
 }
