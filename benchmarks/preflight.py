@@ -35,7 +35,8 @@ from lineshaft.compress.plan import BudgetConfig, plan
 from lineshaft.compress.preflight import Compressing, judge_compressing
 from lineshaft.compress.proof import Tolerance, prove, remember
 from lineshaft.compress.prune_plan import PruneConfig, schedule
-from lineshaft.compress.prune_stage import judge_pruning, prune
+from lineshaft.compress.prune_preflight import judge_pruning
+from lineshaft.compress.prune_stage import prune
 from lineshaft.compress.stage import compress
 from lineshaft.compress.steps import STEPS as COMPRESSING
 from lineshaft.engine.config import EngineConfig

@@ -5,7 +5,7 @@
     .venv/bin/python benchmarks/pruning.py speed [FOLDER] [--cut channels=0.4,heads=0.5]
 
 loss: tiny models trained on the quickstart's text (fidelity_models.py). The control is the dense model trained further, for as many steps,
-on the same batches, at the same learning rate. Rises are in percent of the control's loss, with the 95 % interval of the paired differences
+on the same batches, at the same learning rate; where layers were rebuilt also for as many steps more. Rises are in percent of the control's loss, with the 95 % interval of the paired differences
 over held-out rows. The store keeps all models. speed: one stream of greedy decoding by the engine, bf16; FOLDER or a random llama of 0.53 G
 weights (half.py), dense and pruned in turns. The bound is 1 / (1 - share of the weights cut that a token uses).
 """
@@ -90,12 +90,14 @@ def compare(store: Store, checkpoint: Artifact, tokens: Artifact, config: PruneC
     pruned = PRUNE(store, config, checkpoint=checkpoint, tokens=tokens)
     seconds = time.monotonic() - started
     steps = recovery_steps(checkpoint, config)
-    beside = control(store, checkpoint, tokens, config, steps) if steps else checkpoint
-    before, ours, theirs = (losses(item, tokens) for item in (checkpoint, pruned, beside))
+    before, ours = losses(checkpoint, tokens), losses(pruned, tokens)
     facts = pruned.manifest.facts
     was, now = facts["parameters_before"], facts["parameters"]
     print(f"  cut {facts['cut']}, weights {was} to {now}, {steps} recovery steps, {seconds:.0f} s", flush=True)
-    for name, loss in (("control", theirs), ("source", before)):
+    beside = {"source": before}
+    for count in sorted({steps, steps + config.rebuild_steps} - {0}):
+        beside[f"control of {count} steps"] = losses(control(store, checkpoint, tokens, config, count), tokens)
+    for name, loss in beside.items():
         print(f"    loss {ours.mean():.4f}, {name} {loss.mean():.4f}: rise {rise(ours, loss)}", flush=True)
 
 

@@ -16,7 +16,7 @@ from lineshaft.compress.distil_preflight import judge_distilling
 from lineshaft.compress.distil_stage import DistilConfig, planned
 from lineshaft.compress.preflight import Compressing, judge_compressing
 from lineshaft.compress.prune_plan import PruneConfig
-from lineshaft.compress.prune_stage import judge_pruning
+from lineshaft.compress.prune_preflight import judge_pruning
 from lineshaft.compress.qat_preflight import judge_qat
 from lineshaft.compress.qat_stage import QatConfig
 from lineshaft.compress.steps import STEPS

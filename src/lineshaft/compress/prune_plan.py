@@ -48,6 +48,12 @@ class PruneConfig(Config):
     """Rows of training text on which gradients are taken before each step."""
     mend: bool = True
     """What reads the units that stay is fitted, on those rows, to what it gave with all of them (mend.py)."""
+    rebuild_steps: int = Field(0, ge=0)
+    """After the last step of cutting each layer is trained for so many steps to give what it gave before, without labels (rebuild.py)."""
+    rebuild_rows: PositiveInt = 256
+    """Rows of training text that it does so on."""
+    rebuild_lr: PositiveFloat = 2e-3
+    """Highest learning rate of it."""
     recovery_steps: int = Field(100, ge=0)
     """Optimiser steps after each step of cutting; 0: none."""
     last_recovery_steps: int | None = Field(None, ge=0)
@@ -73,6 +79,8 @@ class PruneConfig(Config):
     def _something(self) -> PruneConfig:
         if not any(self.share_of(kind) for kind in _KINDS):
             raise ValueError(f"nothing is to be cut: set one of {', '.join(_KINDS)} above 0, such as channels 0.4")
+        if self.layers and self.rebuild_steps:
+            raise ValueError("layers and rebuild_steps: a layer that is gone can't be held against what it gave; set one of them to 0")
         return self
 
     def share_of(self, kind: Kind) -> float:

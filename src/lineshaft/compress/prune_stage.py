@@ -6,6 +6,7 @@ on from the newest of them; a step whose recovery had begun is cut once more, to
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,23 +20,24 @@ from lineshaft.base.config import load
 from lineshaft.base.stage import Stage
 from lineshaft.base.store import Artifact, Draft
 from lineshaft.base.terminal import bar, say
+from lineshaft.compress.calibrate.rows import Surroundings, surrounded
 from lineshaft.compress.mend import mend
 from lineshaft.compress.prune import evenly, least_worthy, squared_gradients
 from lineshaft.compress.prune_plan import PruneConfig, Sizes, schedule
+from lineshaft.compress.prune_preflight import judge_pruning
+from lineshaft.compress.rebuild import Rebuilding, rebuild
 from lineshaft.model.checkpoint import load_checkpoint, save_checkpoint
 from lineshaft.model.config import ModelConfig
 from lineshaft.model.cost import cost_of
 from lineshaft.model.decoder import Decoder
-from lineshaft.model.fit import Verdict
 from lineshaft.model.folder import load_config
-from lineshaft.model.shrink import each, size_of, without
+from lineshaft.model.shrink import each, size_of, twin, without
 from lineshaft.records.tokens import TokenStream
 from lineshaft.text import contract
 from lineshaft.train import loop, state
 from lineshaft.train.batches import Batch, RowReader, ShuffledRows
 from lineshaft.train.objective import NextToken
 from lineshaft.train.optimiser import OptimiserConfig, learning_rate
-from lineshaft.train.preflight import Training, judge_training
 from lineshaft.train.stage import check_context, check_dense, check_tokenizer, settled, write_history
 
 WARM_UP = 0.1
@@ -49,6 +51,8 @@ class Pruning:
     model: Decoder
     history: state.History = field(default_factory=list)
     """Of all recoveries; steps and tokens are counted through."""
+    rebuilt: tuple[float, float] | None = None
+    """What layers gave otherwise than before, as a share, before and after they were rebuilt."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class Text:
         rows = ShuffledRows(self.reader, 1, self.config.seed)
         first = step * self.config.calibration_rows
         return [rows[first + number] for number in range(self.config.calibration_rows)]
+
+    def rebuilding(self, model: ModelConfig) -> list[Surroundings]:
+        """Batches as layers of such a model see them."""
+        rows = ShuffledRows(self.reader, self.config.rows, self.config.seed)
+        return [surrounded(rows[number], model) for number in range(math.ceil(self.config.rebuild_rows / self.config.rows))]
 
     def recovery(self, first: int) -> _Later:
         """Batches from this one on."""
@@ -81,16 +90,23 @@ class _Later:
 def prune(model: Decoder, steps: Sequence[Sizes], text: Text, config: PruneConfig, scratch: Path) -> Pruning:
     """Cut and recover, step by step (`schedule` says which). Dense weights, float32; `model` may be changed.
 
+    After the last step of cutting layers are rebuilt, if at all: as they were when the model was last trained.
+
     `config.precision` must be settled. What was finished lies in `scratch`; an interrupted run continues there to the same bits. Raises
     TrainingError when loss or gradient are no longer numbers.
     """
     done, pruning = _resumed(scratch / "cuts", model)
     recoveries = config.recoveries(len(steps))
+    trained = twin(pruning.model if any(recoveries[:done]) else model)  # mending changes what is cut
     with bar("prune", len(steps), done=done) as progress:
         for step in range(done, len(steps)):
             pruning.model = cut(pruning.model, steps[step], text.calibration(step), config)
+            if config.rebuild_steps and step + 1 == len(steps):
+                how = Rebuilding(config.rebuild_steps, config.rebuild_lr, config.seed)
+                pruning.rebuilt = rebuild(pruning.model, trained, text.rebuilding(trained.config), how)
             if recoveries[step]:
                 _recover(pruning, text, config, Recovery(step, recoveries), scratch / f"recovery-{step}")
+                trained = twin(pruning.model)
             _keep(scratch / "cuts", step + 1, pruning)
             shutil.rmtree(scratch / f"recovery-{step}", ignore_errors=True)
             progress.advance(1, ", ".join(f"{size} {number}" for size, number in steps[step].items()))
@@ -142,7 +158,7 @@ def _recover(pruning: Pruning, text: Text, config: PruneConfig, recovery: Recove
 
 
 def _keep(folder: Path, done: int, pruning: Pruning) -> None:
-    about = {"model": pruning.model.config.model_dump(mode="json"), "history": pruning.history, "done": done}
+    about = {"model": pruning.model.config.model_dump(mode="json"), "history": pruning.history, "done": done, "rebuilt": pruning.rebuilt}
     state.write(folder, done, dict(pruning.model.state_dict()), about)
 
 
@@ -153,7 +169,7 @@ def _resumed(folder: Path, model: Decoder) -> tuple[int, Pruning]:
     tensors, about = found
     smaller = Decoder(load(ModelConfig, about["model"], where=str(folder))).eval().requires_grad_(False)
     smaller.load_state_dict(tensors)
-    return int(about["done"]), Pruning(smaller, about["history"])
+    return int(about["done"]), Pruning(smaller, about["history"], about["rebuilt"])
 
 
 # -- the stage --------------------------------------------------------------------------------------------------------
@@ -163,11 +179,6 @@ def _settle(config: PruneConfig, parents: Mapping[str, Artifact]) -> PruneConfig
     check_tokenizer("prune", parents["checkpoint"], parents["tokens"])
     check_context("prune", config.training(1), load_config(parents["checkpoint"].root))
     return config.model_copy(update={"precision": settled(config.training(1)).loop.precision})
-
-
-def judge_pruning(model: ModelConfig, config: PruneConfig, room: int | None = None) -> Verdict:
-    """Does it fit here (`room`: into so many bytes): the first recovery, on nearly the whole model; gradients for worth need less."""
-    return judge_training(Training(model, config.rows, config.sequence_tokens, 1, config.precision), room, "prune")
 
 
 def _build(draft: Draft, config: PruneConfig) -> None:
@@ -184,6 +195,8 @@ def _build(draft: Draft, config: PruneConfig) -> None:
     if pruning.history:
         write_history(draft.root, pruning.history)
         draft.facts |= {"tokens": int(pruning.history[-1]["tokens"]), "final_loss": pruning.history[-1]["loss"]}
+    if pruning.rebuilt is not None:
+        draft.facts |= {"rebuilt": list(pruning.rebuilt)}
     draft.aside |= {"threads": torch.get_num_threads()}
     say(f"prune: {', '.join(f'{size} {was} to {now}' for size, (was, now) in draft.facts['cut'].items())}")
 
@@ -203,7 +216,7 @@ def _facts(before: ModelConfig, after: ModelConfig, sizes: Sizes) -> dict[str, A
 PRUNE = Stage(
     name="prune",
     kind="checkpoint",
-    version=2,
+    version=3,
     config=PruneConfig,
     build=_build,
     parents={"checkpoint": "checkpoint", "tokens": "tokens"},

@@ -53,6 +53,11 @@ def without(model: Decoder, cuts: Sequence[Cut]) -> Decoder:
     return smaller.eval().requires_grad_(False)
 
 
+def twin(model: Decoder) -> Decoder:
+    """A model of the same tensors, in modules of its own: it stays what it is when others are put into `model`."""
+    return without(model, [])
+
+
 def _take_out(tensors: Tensors, cut: Cut) -> None:
     count = cut.units.count
     for place in cut.units.readers:

@@ -50,9 +50,10 @@ def calibration_rows(tokens: Artifact, config: CalibrationConfig, model: ModelCo
     chosen = ShuffledRows(reader, 1, config.seed).rows(0, count)
     at_once = rows_at_once(config.sequence_tokens)
     batches = (reader.batch(chosen[first : first + at_once]) for first in range(0, count, at_once))
-    return [_surrounded(batch, model) for batch in batches]
+    return [surrounded(batch, model) for batch in batches]
 
 
-def _surrounded(batch: Batch, model: ModelConfig) -> Surroundings:
+def surrounded(batch: Batch, model: ModelConfig) -> Surroundings:
+    """The batch as the layers of such a model see it."""
     attend = PackedCausal(batch.starts_D, len(batch.tokens_T), batch.row)
     return Surroundings(batch, rotation(model, batch.positions_T), attend)
