@@ -5,9 +5,10 @@
     .venv/bin/python benchmarks/pruning.py speed [FOLDER] [--cut channels=0.4,heads=0.5]
 
 loss: tiny models trained on the quickstart's text (fidelity_models.py). The control is the dense model trained further, for as many steps,
-on the same batches, at the same learning rate; where layers were rebuilt also for as many steps more. Rises are in percent of the control's loss, with the 95 % interval of the paired differences
-over held-out rows. The store keeps all models. speed: one stream of greedy decoding by the engine, bf16; FOLDER or a random llama of 0.53 G
-weights (half.py), dense and pruned in turns. The bound is 1 / (1 - share of the weights cut that a token uses).
+on the same batches, at the same learning rate; where layers were rebuilt also for as many steps more. Rises are in percent of the
+control's loss, with the 95 % interval of the paired differences over held-out rows. The store keeps all models.
+speed: one stream of greedy decoding by the engine, bf16; FOLDER or a random llama of 0.53 G weights (half.py), dense and pruned in turns.
+The bound is 1 / (1 - share of the weights cut that a token uses).
 """
 
 from __future__ import annotations

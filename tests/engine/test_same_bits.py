@@ -15,7 +15,7 @@ from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.loop import Engine
 from lineshaft.engine.warm import told, warm_up
 from lineshaft.model.decoder import Decoder
-from lineshaft.ops import reference, steady, table
+from lineshaft.ops import steady, table
 from lineshaft.ops.formats import Integer
 from lineshaft.ops.isa import library
 from lineshaft.sched.request import Ask, Emitted, Event, Sampling
@@ -162,10 +162,17 @@ def test_the_comparison_finds_a_planted_bug(tiny: Tiny, planted: str, monkeypatc
 @NEEDS_NATIVE
 @pytest.mark.parametrize(
     ("family", "op"),
-    [("llama", "packed_linear"), ("llama", "paged_attention"), ("deepseek_v3", "packed_by_head"), ("qwen3_moe", "experts")],
+    [
+        ("llama", "packed_linear"),
+        ("llama", "packed_linears"),
+        ("llama", "packed_swiglu"),
+        ("llama", "paged_attention"),
+        ("deepseek_v3", "packed_by_head"),
+        ("qwen3_moe", "experts"),
+    ],
 )
 def test_the_comparison_finds_a_planted_bug_in_a_native_kernel(tiny: Tiny, family: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "NATIVE", {**table.NATIVE, op: getattr(reference, op)})  # adds up by shape, as PyTorch does
+    monkeypatch.setattr(table, "NATIVE", {**table.NATIVE, op: table.REFERENCE[op]})  # adds up by shape, as PyTorch does
     _differs(tiny(family))
 
 

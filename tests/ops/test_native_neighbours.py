@@ -37,7 +37,7 @@ def one_by_one(x: Tensor, weights: Neighbours) -> list[Tensor]:
 
 @each_isa
 @each_dtype
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_products_side_by_side(isa: str, dtype: torch.dtype, data: st.DataObject) -> None:
     x, weights = data.draw(arguments("packed_linears", dtype))
@@ -49,7 +49,7 @@ def test_products_side_by_side(isa: str, dtype: torch.dtype, data: st.DataObject
 
 @each_isa
 @each_dtype
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_gate_and_up(isa: str, dtype: torch.dtype, data: st.DataObject) -> None:
     x, weights = data.draw(arguments("packed_swiglu", dtype))
@@ -61,7 +61,7 @@ def test_gate_and_up(isa: str, dtype: torch.dtype, data: st.DataObject) -> None:
 
 @each_isa
 @each_dtype
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_a_sum(isa: str, dtype: torch.dtype, data: st.DataObject) -> None:
     *product, added = data.draw(arguments("packed_linear", dtype).filter(lambda found: found[-1] is not None))
