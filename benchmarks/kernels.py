@@ -13,6 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,18 +58,23 @@ def seconds(runs: list[Callable[[], object]], repeats: int) -> list[list[float]]
     return [own[1:] for own in taken]  # the first of each warms up
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256])
+def asked_for(about: str, layers: int, repeats: int, tokens: list[int]) -> tuple[argparse.Namespace, Any]:
+    """Options, with these defaults, and the library, set to the instruction set that was named."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=layers)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--tokens", type=int, nargs="+", default=tokens)
     parser.add_argument("--isa")
-    asked = parser.parse_args()
-    found = library()
+    asked, found = parser.parse_args(), library()
     if found is None:
         parser.exit(1, "no native kernels here: lineshaft kernels tells why\n")
     if asked.isa:
         found.choose(asked.isa)
+    return asked, found
+
+
+def main() -> None:
+    asked, found = asked_for(__doc__, 24, 7, [1, 4, 16, 64, 256])
     big = torch.ones(1 << 28)
     (reads,) = seconds([big.sum], 5)
     print(f"memory, one pass of PyTorch's sum: {big.nbytes / min(reads) / 1e9:.1f} GB/s")

@@ -8,17 +8,15 @@ medians, and the spread of ours. Results have the same bits, which is checked.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 
 import torch
-from kernels import Packed, packed, seconds
+from kernels import Packed, asked_for, packed, seconds
 from torch import Tensor
 
 from lineshaft.base.machine import machine
 from lineshaft.ops import native, native_linear
-from lineshaft.ops.isa import library
 from lineshaft.ops.neighbours import Neighbours
 from lineshaft.ops.recording import Recorded
 
@@ -57,17 +55,7 @@ def beside(weights: Layer, names: tuple[str, ...], whole: bool) -> Neighbours:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024])
-    parser.add_argument("--isa")
-    asked = parser.parse_args()
-    found = library()
-    if found is None:
-        parser.exit(1, "no native kernels here: lineshaft kernels tells why\n")
-    if asked.isa:
-        found.choose(asked.isa)
+    asked, found = asked_for(__doc__, 12, 9, [1, 4, 16, 64, 256, 1024])
     for kind in KINDS:
         layers = [layer(kind) for _ in range(asked.layers)]
         for tokens in asked.tokens:

@@ -31,6 +31,7 @@ from lineshaft.train.stage import PRETRAIN
 CONFIG = PruneConfig(
     **{"channels": 0.5, "experts": 0.5, "multiple": 4, "step_share": 0.2, "calibration_rows": 2},
     **{"recovery_steps": 3, "last_recovery_steps": 3, "sequence_tokens": 16, "rows": 2, "precision": "float32"},
+    **{"rebuild_steps": 3, "rebuild_rows": 4},
 )
 
 cuts: list[int] = []

@@ -37,26 +37,18 @@ def one_by_one(x: Tensor, weights: Neighbours) -> list[Tensor]:
 
 @each_isa
 @each_dtype
+@pytest.mark.parametrize("op", ["packed_linears", "packed_swiglu"])
 @settings(max_examples=15)
 @given(data=st.data())
-def test_products_side_by_side(isa: str, dtype: torch.dtype, data: st.DataObject) -> None:
-    x, weights = data.draw(arguments("packed_linears", dtype))
+def test_products_side_by_side_and_gate_with_up(op: str, isa: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    x, weights = data.draw(arguments(op, dtype))
     with on(isa, data.draw(THREADS)):
-        got = native_linear.packed_linears(x, weights)
+        got = getattr(native_linear, op)(x, weights)
     with on(isa):
-        assert all(same_bits(ours, alone) for ours, alone in zip(got, one_by_one(x, weights), strict=True))
-
-
-@each_isa
-@each_dtype
-@settings(max_examples=15)
-@given(data=st.data())
-def test_gate_and_up(isa: str, dtype: torch.dtype, data: st.DataObject) -> None:
-    x, weights = data.draw(arguments("packed_swiglu", dtype))
-    with on(isa, data.draw(THREADS)):
-        got = native_linear.packed_swiglu(x, weights)
-    with on(isa):
-        assert same_bits(got, native.silu_mul(*one_by_one(x, weights)))
+        apart = one_by_one(x, weights)
+        wanted = apart if op == "packed_linears" else [native.silu_mul(*apart)]
+    found = list(got) if op == "packed_linears" else [got]
+    assert all(same_bits(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
 @each_isa

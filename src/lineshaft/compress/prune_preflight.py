@@ -30,7 +30,7 @@ def _rebuilding(given: Training, config: PruneConfig) -> dict[str, int]:
     return {
         "weights, before and after": 2 * whole,
         f"hidden states of {config.rebuild_rows} rows, before and after": 2 * hidden,
-        "a layer's gradients and AdamW's two moments": 3 * whole // model.num_hidden_layers,
+        "a layer's copy, its gradients and AdamW's two moments": 4 * whole // model.num_hidden_layers,
         f"its activations of {tokens} tokens": max(activations),
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,12 +58,7 @@ def packed_linears(x_TI: Tensor, weights: Neighbours) -> tuple[Tensor, ...]:
     native_library().linears(
         *_form(weights.shapes[0]),
         [shape.outputs for shape in weights.shapes],
-        [packed.data_ptr() for packed in weights.packed],
-        [_address(bias_O) for bias_O in biases],
-        weights.whole,
-        checks.float_of(x_TI),
-        x_TI.data_ptr(),
-        x_TI.stride(0),
+        *_operands(x_TI, weights, biases),
         [out_TO.data_ptr() for out_TO in outs],
         len(x_TI),
         weights.input_scale,
@@ -79,12 +76,7 @@ def packed_swiglu(x_TI: Tensor, gate_and_up: Neighbours) -> Tensor:
     native_library().swiglu(
         *_form(shape),
         shape.outputs,
-        [packed.data_ptr() for packed in gate_and_up.packed],
-        [_address(bias_O) for bias_O in biases],
-        gate_and_up.whole,
-        checks.float_of(x_TI),
-        x_TI.data_ptr(),
-        x_TI.stride(0),
+        *_operands(x_TI, gate_and_up, biases),
         out_TO.data_ptr(),
         len(x_TI),
         gate_and_up.input_scale,
@@ -99,6 +91,12 @@ def _neighbours(x_TI: Tensor, weights: Neighbours) -> tuple[Tensor, list[Tensor 
     for packed, shape, bias_O in zip(weights.packed, weights.shapes, weights.biases, strict=True):
         checks.linear(x_TI, packed, shape, bias_O, native_library().packed_bytes(*shape.native), weights.whole, weights.input_scale)
     return rows_of(x_TI), [_bias(bias_O) for bias_O in weights.biases]
+
+
+def _operands(x_TI: Tensor, weights: Neighbours, biases: list[Tensor | None]) -> tuple[Any, ...]:
+    """What meets, as the library takes it; the caller holds the biases, which may be new, until it has been called."""
+    addresses = [packed.data_ptr() for packed in weights.packed], [_address(bias_O) for bias_O in biases]
+    return *addresses, weights.whole, checks.float_of(x_TI), x_TI.data_ptr(), x_TI.stride(0)
 
 
 def _form(shape: Shape) -> tuple[int, int, int, bool]:
