@@ -12,6 +12,12 @@ const Kernels* chosen = nullptr;
 #if defined(__x86_64__)
 namespace {
 
+#ifdef LINESHAFT_SOFT_PRODUCTS
+constexpr bool kSoftProducts = true;
+#else
+constexpr bool kSoftProducts = false;
+#endif
+
 /// May this process use the tiles of AMX, its int8 and bf16 products included? Asks the system for them: it gives their 8 KiB of
 /// state to processes that do, and refuses (also one without Linux 5.16, or with a signal stack too small) by an error.
 bool tiles_permitted() {
@@ -45,9 +51,9 @@ const Kernels* const* runnable() {
     const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
     if (wide) found[count++] = &kAvx512;
-    const bool bytes = wide && __builtin_cpu_supports("avx512vnni");
+    const bool bytes = wide && (kSoftProducts || __builtin_cpu_supports("avx512vnni"));
     if (bytes) found[count++] = &kAvx512Vnni;
-    const bool pairs = bytes && __builtin_cpu_supports("avx512bf16");
+    const bool pairs = bytes && (kSoftProducts || __builtin_cpu_supports("avx512bf16"));
     if (pairs) found[count++] = &kAvx512Bf16;
     if (pairs && tiles_permitted()) found[count++] = &kAmx;
 #endif

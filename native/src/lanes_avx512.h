@@ -5,6 +5,12 @@
 
 #include <cstdint>
 
+#ifdef LINESHAFT_SOFT_PRODUCTS
+#include "products_soft.h"
+#else
+#include "products.h"
+#endif
+
 namespace {
 
 struct Lanes {
@@ -105,7 +111,7 @@ struct Lanes {
     }
     /// To bf16 where the least numbers may become 0, as in products of pairs.
 #ifdef LINESHAFT_DOT_BF16
-    static void narrow(uint16_t* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x)); }
+    static void narrow(uint16_t* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), Products::narrow(x)); }
 #else
     static void narrow(uint16_t* p, F x) { to_bf16(p, x); }
 #endif
@@ -119,7 +125,7 @@ struct Lanes {
 #ifdef LINESHAFT_VNNI
     static constexpr bool kHalves = false;
     /// acc += four unsigned bytes of w times four signed bytes of a, in each lane.
-    static I dot_bytes(I acc, I w, I a) { return _mm512_dpbusd_epi32(acc, w, a); }
+    static I dot_bytes(I acc, I w, I a) { return Products::bytes(acc, w, a); }
     static I dot_nibbles(I acc, I w, I a) { return dot_bytes(acc, w, a); }
 #else
     static constexpr bool kHalves = true;
@@ -155,7 +161,7 @@ struct Lanes {
         return _mm512_or_si512(value, _mm512_and_si512(up, _mm512_set1_epi16(int16_t(0x8000))));
     }
     /// acc += both products of a pair of bf16, in each lane.
-    static F dot_pairs(F acc, I w, I a) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)a); }
+    static F dot_pairs(F acc, I w, I a) { return Products::pairs(acc, w, a); }
 #else
     static F dot_pairs(F acc, I, I) { return acc; }
 #endif
