@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lineshaft.base import files, manifest
@@ -52,6 +52,7 @@ def refused(store: Store, artifact: Artifact, path: Path, block: int) -> None:
         store.open(artifact.id)
 
 
+@settings(max_examples=50)
 @given(st.sampled_from(EVERY), st.integers(min_value=0), st.integers(0, 7))
 def test_one_flipped_bit_is_refused_naming_file_and_block(whole: tuple[Store, Artifact], name: str, place: int, bit: int) -> None:
     store, artifact = whole

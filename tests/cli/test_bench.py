@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from tiny_line import environment
+from tiny_line import begun, environment
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "evaluate" / "load"))  # pytest's importlib mode does not find helpers
@@ -141,12 +141,11 @@ def test_nothing_answered_is_no_result() -> None:
 def test_ctrl_c_shows_what_was_measured_until_then() -> None:
     fake = FakeOpenAI(lambda _: 0.05)
     with served(fake) as url:
-        command = [sys.executable, "-m", "lineshaft.cli.main", "bench", url, "--rate", "20", "--duration", "300", "--json"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as run:
-            assert all(fake.answered.acquire(timeout=60) for _ in range(5)), run.poll()
-            run.send_signal(signal.SIGINT)
-            told, said = run.communicate(timeout=60)
-    assert run.returncode == 130
+        run = begun("bench", url, "--rate", "20", "--duration", "300", "--json")
+        assert all(fake.answered.acquire(timeout=60) for _ in range(5))
+        os.kill(run.pid, signal.SIGINT)
+        status, told, said = run.ended(60)
+    assert status == 130
     shown = json.loads(told)
     assert shown["interrupted"]
     assert shown["requests"]["answered"] >= 3

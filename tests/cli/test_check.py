@@ -220,8 +220,8 @@ def test_a_family_that_is_not_supported_is_refused_as_everywhere(tmp_path: Path)
 
 
 def test_serving_is_refused_with_the_same_words_before_any_weight_is_read(tmp_path: Path) -> None:
-    trillion = ModelConfig.model_validate({**BILLION, "num_hidden_layers": 3000})
-    (tmp_path / "config.json").write_text(json.dumps(to_hf(trillion, "bfloat16")))
+    large = ModelConfig.model_validate({**BILLION, "num_hidden_layers": 30, "intermediate_size": 200 * 8192})  # few and wide layers
+    (tmp_path / "config.json").write_text(json.dumps(to_hf(large, "bfloat16")))
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0})).save(str(tmp_path / "tokenizer.json"))
     done = CliRunner().invoke(app, ["serve", str(tmp_path), "--port", "0"], env=environment())
     assert isinstance(done.exception, LineshaftError)

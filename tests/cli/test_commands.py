@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import jsonschema
 import pytest
 import yaml
 from calling import call
-from tiny_line import STEPS, Line, command, environment, lineshaft, write_recipe
+from tiny_line import STEPS, Line, begun, command, environment, write_recipe
 from typer.testing import CliRunner
 
 from lineshaft.base.store import Store
@@ -41,10 +45,8 @@ def store(line: Line, tmp_path: Path) -> Path:
 
 def test_a_refusal_is_one_message_on_stderr_with_its_exit_code_and_no_traceback(tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "mine.yaml", {"train": {"sed": 3}})
-    done = lineshaft("run", path, "--store", tmp_path / "store")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr == 'lineshaft: "train.sed": unknown; did you mean "seed"?\n'
+    told = begun("run", path, "--store", tmp_path / "store").ended()
+    assert told == (2, "", 'lineshaft: "train.sed": unknown; did you mean "seed"?\n')
     assert not (tmp_path / "store").exists()
 
 
@@ -306,12 +308,11 @@ def test_a_folder_that_lacks_something_is_not_adopted(hugging_face: Path, tmp_pa
 
 
 def test_the_recipes_name_can_be_served_and_answers(line: Line) -> None:
-    call_it = command("serve", "tiny", "--store", line.store, "--host", "127.0.0.1", "--port", "0", "--dtype", "float32")
-    with subprocess.Popen(call_it, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()) as server:
-        assert server.stderr
+    args = ["serve", "tiny", "--store", str(line.store), "--host", "127.0.0.1", "--port", "0", "--dtype", "float32"]
+    with forked.heard(args, environment()) as (server, stderr):
         try:
-            url = next(said.split()[-1] for said in server.stderr if said.startswith("listening on"))
-            assert any(said.startswith("ready in") for said in server.stderr)
+            url = next(said.split()[-1] for said in stderr if said.startswith("listening on"))
+            assert any(said.startswith("ready in") for said in stderr)
             body = json.dumps({"model": "tiny", "prompt": "The model", "max_tokens": 8, "temperature": 0}).encode()
             request = urllib.request.Request(f"{url}/v1/completions", body, {"content-type": "application/json"})
             with urllib.request.urlopen(request, timeout=60) as answer:
@@ -320,9 +321,10 @@ def test_the_recipes_name_can_be_served_and_answers(line: Line) -> None:
             kept = line.store / "artifacts" / line.id("serve") / "exchanges.jsonl"
             assert told["choices"][0]["text"] == json.loads(kept.read_text())["answer"]
         finally:
-            server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 0
-        assert "Traceback" not in server.stderr.read()
+            os.kill(server.pid, signal.SIGINT)
+        server.join(60)
+        assert server.exitcode == 0
+        assert "Traceback" not in stderr.read()
 
 
 def test_a_port_in_use_is_told_in_words(line: Line) -> None:
@@ -354,6 +356,7 @@ def test_ctrl_c_ends_a_run_without_a_traceback_and_keeps_what_can_be_resumed(lin
         work = store.root / "work" / begun.split()[2]
         while not list(work.glob("scratch/step-*")):
             assert run.poll() is None
+            time.sleep(0.01)
         run.send_signal(signal.SIGINT)
         said = run.stderr.read()
         assert run.wait(60) == 130
@@ -365,12 +368,14 @@ def test_ctrl_c_ends_a_run_without_a_traceback_and_keeps_what_can_be_resumed(lin
 
 @pytest.mark.parametrize("args", [["show"], ["schema"]], ids=" ".join)
 def test_a_reader_that_goes_away_is_no_error_to_talk_about(line: Line, args: list[str]) -> None:
-    given = args if args == ["schema"] else [*args, "--store", str(line.store)]
-    with subprocess.Popen(command(*given), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()) as child:
-        assert child.stdout and child.stderr
-        child.stdout.close()
-        assert child.stderr.read() == ""
-        assert child.wait(60) == 1
+    reading, writing = os.pipe()
+    os.close(reading)
+    with tempfile.TemporaryFile("w+") as err:
+        with os.fdopen(writing, "w") as out:
+            child = forked.start(args if args == ["schema"] else [*args, "--store", str(line.store)], environment(), out, err)
+        child.join(60)
+        err.seek(0)
+        assert (child.exitcode, err.read()) == (1, "")
 
 
 def test_a_reference_to_what_was_deleted_says_so(line: Line, store: Path) -> None:

@@ -6,7 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from tiny_line import Line, lineshaft
+from calling import call
+from tiny_line import Line
 
 from lineshaft.base.store import Draft, Store
 
@@ -19,10 +20,10 @@ def test_every_stage_with_a_tokenizer_holds_the_same_contract_and_keeps_it(line:
 
 
 def test_show_tells_the_contract_in_one_line(line: Line) -> None:
-    told = lineshaft("show", line.id("train"), "--store", line.store).stdout
+    told = call("show", line.id("train"), "--store", line.store)[1]
     assert "  contract  17 conversations (5 refused by the template), the assistant's tokens marked, 8 texts; set 1\n" in told
     assert "contract.chats" not in told
-    whole = json.loads(lineshaft("show", line.id("train"), "--store", line.store, "--json").stdout)
+    whole = json.loads(call("show", line.id("train"), "--store", line.store, "--json")[1])
     assert len(whole["manifest"]["facts"]["contract"]["chats"]) == 17
 
 
@@ -34,12 +35,14 @@ def test_verify_finds_an_artifact_whose_template_was_changed_by_the_stage_that_m
         config = draft.root / "tokenizer_config.json"
         config.write_text(config.read_text().replace(r"'Assistant: '", r"'Assistant:\\n'"))
         draft.facts |= made.manifest.facts
-    done = lineshaft("verify", "--store", store.root)
-    assert done.returncode == 5
-    assert 'conversation "answer", token ' in done.stderr and r"\n" in done.stderr
+    code, told = call("verify", "--store", store.root)
+    assert code == 5
+    assert 'conversation "answer", token ' in told and r"\n" in told
 
 
 def test_an_artifact_adopted_into_another_store_keeps_its_contract(line: Line, tmp_path: Path) -> None:
     source = Store(line.store).open(line.id("compress"))
-    adopted = lineshaft("adopt", source.root, "--store", tmp_path / "store").stdout.strip()
+    code, adopted = call("adopt", source.root, "--store", tmp_path / "store")
+    assert code == 0, adopted
+    adopted = adopted.strip()
     assert Store(tmp_path / "store").open(adopted).manifest.facts["contract"] == source.manifest.facts["contract"]

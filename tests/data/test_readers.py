@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lineshaft.base.errors import SourceError
@@ -41,18 +41,21 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("formats")
 
 
+@settings(max_examples=40)
 @given(written=TEXTS)
 def test_jsonl_comes_back(scratch: Path, written: list[str]):
     path = write(scratch / "a.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in written))
     assert texts(path) == written
 
 
+@settings(max_examples=40)
 @given(written=TEXTS)
 def test_jsonl_with_raw_unicode_comes_back(scratch: Path, written: list[str]):
     path = write(scratch / "b.jsonl", "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in written))
     assert texts(path) == written
 
 
+@settings(max_examples=40)
 @given(written=TEXTS)
 def test_csv_comes_back(scratch: Path, written: list[str]):
     file = io.StringIO(newline="")
@@ -60,6 +63,7 @@ def test_csv_comes_back(scratch: Path, written: list[str]):
     assert texts(write(scratch / "a.csv", file.getvalue())) == written
 
 
+@settings(max_examples=40)
 @given(written=TEXTS)
 def test_parquet_comes_back(scratch: Path, written: list[str]):
     pq.write_table(pa.table({"n": list(range(len(written))), "text": written}), scratch / "a.parquet", row_group_size=3)

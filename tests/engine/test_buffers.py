@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sched_world import World
 
@@ -60,6 +60,7 @@ ASKS = st.tuples(
 """Prompt, tokens to make, priority, copies, task, and the steps before the next one comes."""
 
 
+@settings(max_examples=50)  # each holds dozens of plans
 @given(st.lists(ASKS, min_size=1, max_size=12), st.integers(16, 40), st.lists(st.sampled_from(REACHES), min_size=1, max_size=2))
 def test_buffers_hold_each_plan_after_any_others(asks: list[Asked], pages: int, reaches: list[Reach]) -> None:
     world = Watched(pages, reaches, start_batch=3, max_batch=5, step_tokens=9)

@@ -45,8 +45,13 @@ def told(engine: Rounds) -> list[Event]:
     return events
 
 
-@pytest.mark.parametrize("how", ["weights", "program"])
-@pytest.mark.parametrize(("family", "dtype", "held", "bits"), CASES)
+@pytest.mark.parametrize(
+    ("family", "dtype", "held", "bits", "how"),
+    [
+        *((*case, "weights") for case in CASES),
+        *(pytest.param(*case, "program", marks=[] if place % 2 == 0 else pytest.mark.slow) for place, case in enumerate(CASES)),
+    ],
+)
 def test_a_kept_start_gives_the_same_bits(
     tiny: Tiny, tmp_path: Path, family: str, dtype: torch.dtype, held: str, bits: int | None, how: str
 ) -> None:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "train"))  # pytest's impo
 import letter_line
 
 from lineshaft.base.store import Artifact, Store
+from lineshaft.evaluate import speed, stage
 from lineshaft.train.stage import PRETRAIN
 
 
@@ -26,3 +27,9 @@ def parents(store: Store) -> dict[str, Artifact]:
     """What EVALUATE works from."""
     _, made = letter_line.parents(store.root)
     return {"checkpoint": PRETRAIN(store, letter_line.config(steps=40, rows=4), **made), "tokens": made["tokens"]}
+
+
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speed is measured in this process: a fresh one, which test_speed.py is about, imports for seconds."""
+    monkeypatch.setattr(stage, "measure", speed._run)

@@ -105,6 +105,7 @@ def test_an_end_token_is_kept_among_the_ids_and_is_no_text(letters: Tokenizer) -
     assert (ended.text, ended.ids, cut.text, cut.truth, cut.prompt) == ("d", [5, 6], "de", "bc", "a")
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_the_report_keeps_texts_and_ids_of_the_engine(store: Store, parents: dict[str, Artifact], letters: Tokenizer) -> None:
     config = EvaluateConfig(
         sequence_tokens=16, max_tokens=64, speed=SHORT, generate=GenerateConfig(prompts=5, prompt_tokens=6, output_tokens=8)
@@ -127,6 +128,7 @@ def packed(row: list[int]) -> tuple[torch.Tensor, torch.Tensor, PackedCausal]:
     return torch.tensor(row), torch.arange(len(row)), PackedCausal(torch.tensor([0]), len(row), len(row))
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_documents_too_short_for_a_text_are_told_in_the_report(store: Store, parents: dict[str, Artifact]) -> None:
     config = EvaluateConfig(
         sequence_tokens=16, max_tokens=64, speed=SHORT, generate=GenerateConfig(prompts=5, prompt_tokens=30, output_tokens=30)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,9 +18,11 @@ from lineshaft.base.config import load
 from lineshaft.base.errors import ConfigError, EngineError
 from lineshaft.base.store import Artifact
 from lineshaft.engine.config import EngineConfig
-from lineshaft.evaluate.speed import WRITTEN_AT_ONCE, Job, SpeedConfig, measure, quantile
+from lineshaft.evaluate.speed import WRITTEN_AT_ONCE, Job, Speed, SpeedConfig, measure, quantile
 
 WORKLOAD = SpeedConfig(prompt_tokens=8, output_tokens=4, requests=3, batch=5)
+PAD = 0
+"""Stands behind texts that ended early; it is the token that begins documents, and no text holds it."""
 PROMPTS = [[2 + (n + place) % 26 for place in range(8)] for n in range(5)]
 
 
@@ -29,8 +30,12 @@ def job(folder: Path, **changes: object) -> Job:
     return Job(folder=str(folder), workload=WORKLOAD, engine=EngineConfig(), prompts=PROMPTS).model_copy(update=changes)
 
 
-def test_a_workload_is_measured(parents: dict[str, Artifact]) -> None:
-    speed = measure(job(parents["checkpoint"].root))
+@pytest.fixture(scope="module")
+def speed(parents: dict[str, Artifact]) -> Speed:
+    return measure(job(parents["checkpoint"].root))
+
+
+def test_a_workload_is_measured(speed: Speed) -> None:
     assert len(speed.first_token) == len(speed.latency) == 3
     assert all(0 < first < last < 30 for first, last in zip(speed.first_token, speed.latency, strict=True))
     assert 0 < speed.batch_seconds < 30
@@ -40,10 +45,15 @@ def test_a_workload_is_measured(parents: dict[str, Artifact]) -> None:
 
 
 def greedy(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """What transformers writes, 40 tokens or up to an end token."""
+    """What transformers writes, 40 tokens or up to an end token. Prompts of one length go through it together."""
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ends = theirs.generation_config.eos_token_id
     with torch.inference_mode():
-        return [theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, 3:].tolist() for prompt in prompts]
+        asked = torch.tensor(prompts)
+        whole = {"attention_mask": torch.ones_like(asked), "pad_token_id": PAD}  # else the first tokens, too, would be taken for padding
+        texts = theirs.generate(asked, max_new_tokens=40, do_sample=False, **whole)[:, len(prompts[0]) :]
+    assert ends != PAD
+    return [[token for token in text if token != PAD] for text in texts.tolist()]
 
 
 def test_texts_are_the_greedy_ones_of_transformers_and_end_where_the_model_does(parents: dict[str, Artifact], tmp_path: Path) -> None:
@@ -60,21 +70,12 @@ def test_texts_are_the_greedy_ones_of_transformers_and_end_where_the_model_does(
     assert {(answer.finish, answer.ids[-1] == end) for answer in answers} == {("stop", True), ("length", False)}
 
 
-def test_a_large_parent_does_not_count(parents: dict[str, Artifact]) -> None:
-    code = (
-        "import sys\n"
-        "from lineshaft.engine.loop import EngineConfig\n"
-        "from lineshaft.evaluate.speed import Job, SpeedConfig, measure\n"
-        "def peak():\n"
-        "    work = SpeedConfig(requests=1, batch=1, output_tokens=2)\n"
-        "    return measure(Job(folder=sys.argv[1], workload=work, engine=EngineConfig(), prompts=[[2]])).peak_memory_bytes\n"
-        "small = peak()\n"
-        "ballast = b'x' * (200 << 20)\n"
-        "print(small, peak(), len(ballast))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, parents["checkpoint"].root], capture_output=True, text=True, check=True)
-    small, large, _ = map(int, done.stdout.split())
-    assert large < small + (60 << 20)
+def test_a_large_parent_does_not_count(parents: dict[str, Artifact], speed: Speed) -> None:
+    """What a process once held stays with those it starts, if nothing is done: the parent's peak would be taken for the child's."""
+    ballast = b"x" * (300 << 20)
+    large = measure(job(parents["checkpoint"].root))
+    assert len(ballast) > speed.peak_memory_bytes / 2
+    assert large.peak_memory_bytes < speed.peak_memory_bytes + (60 << 20)
 
 
 def test_a_folder_that_can_not_be_loaded_is_told_in_one_line(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "measure", lambda *_: FAKE)
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_two_runs_measure_other_times_and_end_with_the_same_digest(store: Store, parents: dict[str, Artifact], tmp_path: Path) -> None:
     first = EVALUATE(store, CONFIG, **parents)
     shutil.copytree(store.root, tmp_path / "copy")

@@ -68,7 +68,7 @@ def test_a_row_of_what_is_done_to_each(isa: str, op: str, dtype: torch.dtype, wi
 
 
 @each_isa
-@settings(max_examples=40)
+@settings(max_examples=20)  # for each instruction set, of 5 runs and one for each token
 @given(data=st.data())
 def test_a_chunk_of_attention(isa: str, data: st.DataObject) -> None:
     """Alone, cut in two, beside other requests, in pages of another size."""

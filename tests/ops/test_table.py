@@ -34,7 +34,7 @@ EXTRA = {"cpu, steady": table.STEADY, "cpu, native": table.NATIVE}
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("device", "op"), KERNELS)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_every_kernel_does_what_its_reference_does(device: str, op: str, dtype: torch.dtype, data: st.DataObject) -> None:
     given_ = data.draw(arguments(op, dtype))
@@ -75,7 +75,7 @@ def test_an_unknown_device_runs_the_reference() -> None:
 
 
 @pytest.mark.parametrize("op", table.REFERENCE)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_every_reference_is_right(op: str, data: st.DataObject) -> None:
     given_ = data.draw(arguments(op, torch.float32))
@@ -93,7 +93,7 @@ ATTENTION = ["reach_gqa", "paged_gqa", "paged_mla", "paged_chosen_mla"]
 
 @pytest.mark.parametrize("tile", [1, 3, 16])
 @pytest.mark.parametrize("op", ATTENTION)
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_however_the_queries_are_cut_into_tiles_it_is_dense_attention_under_the_mask(op: str, tile: int, data: st.DataObject) -> None:
     given_ = data.draw(arguments(op, torch.float32))
@@ -104,7 +104,7 @@ def test_however_the_queries_are_cut_into_tiles_it_is_dense_attention_under_the_
 
 
 @pytest.mark.parametrize("op", ["paged_gqa", "paged_mla", "paged_chosen_mla"])
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_pages_out_of_reach_are_not_read(op: str, data: st.DataObject) -> None:
     """Entries outside the spans, or chosen by nobody, are not numbers: one that is only masked would spoil the result."""

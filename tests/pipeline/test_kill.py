@@ -8,32 +8,34 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
-import subprocess
 import time
 import uuid
 from pathlib import Path
 
+import forked
 import pytest
-from tiny_line import Line, command, digests, environment, lineshaft
+from tiny_line import Line, begun, digests, environment
 
 MARK = "LINESHAFT_TEST_MARK"
 PATIENCE_S = 120.0
 
 
 class Run:
-    """A run in a process of its own. Its processes carry a mark, so that those it leaves behind can be found."""
+    """A run in a process of its own. The processes that it starts carry a mark, so that those it leaves behind can be found."""
 
     def __init__(self, line: Line, store: Path) -> None:
         self.mark = uuid.uuid4().hex
-        env = environment() | {MARK: self.mark}
-        call = command("run", line.recipe, "--store", store)
-        self.child = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+        call = ["run", str(line.recipe), "--store", str(store)]
+        reading, writing = os.pipe()
+        with Path(os.devnull).open("w") as out, os.fdopen(writing, "w") as err:
+            self.child = forked.start(call, environment() | {MARK: self.mark}, out, err)
+        self.stderr = os.fdopen(reading)
 
     def until_it_says(self, words: str) -> None:
-        assert self.child.stderr
         said = []
-        for line in self.child.stderr:
+        for line in self.stderr:
             said.append(line)
             if words in line:
                 return
@@ -41,18 +43,17 @@ class Run:
 
     def until_there_is(self, folder: Path, pattern: str) -> None:
         for _ in patiently():
-            if self.child.poll() is not None or any(folder.glob(pattern)):
+            if self.child.exitcode is not None or any(folder.glob(pattern)):
                 return
 
     def kill(self) -> None:
         """Kill the run itself, as the system does when memory runs out; nobody tells its children."""
         self.child.kill()
-        self.child.wait()
-        assert self.child.stderr
-        self.child.stderr.close()
+        self.child.join()
+        self.stderr.close()
 
     def left_behind(self) -> list[int]:
-        """Processes of this run that live."""
+        """Processes that this run started and that live."""
         needle, found = f"{MARK}={self.mark}".encode(), []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
@@ -113,7 +114,7 @@ def test_a_line_killed_in_every_stage_ends_with_the_digests_of_an_undisturbed_on
             raise AssertionError(f"{step} always ended before it was killed")
         if pattern.startswith("scratch"):
             assert list((store / "work" / line.id(step)).glob(pattern))
-    done = lineshaft("run", line.recipe, "--store", store, "--json")
-    assert done.returncode == 0, done.stderr
-    assert digests(json.loads(done.stdout)) == line.digests()
+    status, told, said = begun("run", line.recipe, "--store", store, "--json").ended()
+    assert status == 0, said
+    assert digests(json.loads(told)) == line.digests()
     assert not list((store / "work").iterdir())

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_line import LLAMA, STEPS, Line, command, digests, environment, lineshaft, recipe, write_recipe, write_texts
+from tiny_line import LLAMA, STEPS, Line, begun, command, digests, environment, recipe, write_recipe, write_texts
 
 from lineshaft.base.config import load, merge, nest
 from lineshaft.base.errors import Corrupt, StorageFull
@@ -234,10 +234,10 @@ def test_every_stage_is_announced_with_its_number(line: Line) -> None:
 
 def test_a_cached_run_by_the_command_line_is_quick_and_says_so(line: Line, tmp_path: Path) -> None:
     store = line.copy(tmp_path / "store")
-    done = lineshaft("run", line.recipe, "--store", store)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("(made before)") == len(STEPS)
-    assert [row.split()[2] for row in done.stdout.splitlines()[1 : 1 + len(STEPS)]] == ["cached"] * len(STEPS)
+    status, told, said = begun("run", line.recipe, "--store", store).ended()
+    assert status == 0, said
+    assert said.count("(made before)") == len(STEPS)
+    assert [row.split()[2] for row in told.splitlines()[1 : 1 + len(STEPS)]] == ["cached"] * len(STEPS)
     assert (store / "pages" / "tiny.html").is_file()
 
 
@@ -252,18 +252,13 @@ def test_a_llama_goes_through_the_same_line_and_lands_in_its_own_artifacts(line:
 def test_two_runs_at_once_share_the_work_and_both_succeed(line: Line, tmp_path: Path) -> None:
     table = recipe(line.texts) | {"evaluate": None, "serve": None}
     path, store = write_recipe(tmp_path / "tiny.yaml", table), tmp_path / "store"
-    both = [
-        subprocess.Popen(
-            command("run", path, "--store", store, "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()
-        )
-        for _ in range(2)
-    ]
-    told = [child.communicate(timeout=280) for child in both]
-    assert [child.returncode for child in both] == [0, 0], told
-    one, other = (digests(json.loads(out)) for out, _ in told)
+    both = [begun("run", path, "--store", store, "--json") for _ in range(2)]
+    told = [command.ended() for command in both]
+    assert [status for status, _, _ in told] == [0, 0], told
+    one, other = (digests(json.loads(out)) for _, out, _ in told)
     wanted = {step: digest for step, digest in line.digests().items() if step in STEPS[:5]}
     assert one == other == wanted
-    stages = [json.loads(out)["stages"] for out, _ in told]
+    stages = [json.loads(out)["stages"] for _, out, _ in told]
     assert {item.id for item in Store(store).all()} == {stage["id"] for stage in stages[0]}
 
 
@@ -310,13 +305,13 @@ def test_a_full_disk_is_told_in_words_and_a_rerun_goes_on_once_there_is_room(
     path = write_recipe(tmp_path / "tiny.yaml", recipe(line.texts) | {"evaluate": None, "serve": None})
     filler = disk / "filler"
     filler.write_bytes(bytes(3700 << 10))
-    done = lineshaft("run", path, "--store", disk / "store", "--json")
-    assert done.returncode == 4, done.stderr
-    assert "the disk is full" in done.stderr and "Free space" in done.stderr and "Traceback" not in done.stderr
+    status, _, said = begun("run", path, "--store", disk / "store", "--json").ended()
+    assert status == 4, said
+    assert "the disk is full" in said and "Free space" in said and "Traceback" not in said
     filler.unlink()
-    done = lineshaft("run", path, "--store", disk / "store", "--json")
-    assert done.returncode == 0, done.stderr
-    assert digests(json.loads(done.stdout)).items() <= line.digests().items()
+    status, told, said = begun("run", path, "--store", disk / "store", "--json").ended()
+    assert status == 0, said
+    assert digests(json.loads(told)).items() <= line.digests().items()
 
 
 def test_a_disk_too_full_for_the_page_is_told_in_words(bench: Bench, small_disk: Callable[[str], Path]) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import fcntl
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 
@@ -136,9 +140,14 @@ def environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def lineshaft(*args: str | Path, cwd: Path | None = None, timeout: float = 280) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    return subprocess.run(command(*args), capture_output=True, text=True, env=environment(), cwd=cwd, timeout=timeout, check=False)
+def lineshaft(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, from the interpreter on."""
+    return subprocess.run(command(*args), capture_output=True, text=True, env=environment(), timeout=280, check=False)
+
+
+def begun(*args: str | Path) -> forked.Command:
+    """The command line in a process of its own, with the imports behind it."""
+    return forked.Command([*map(str, args)], environment())
 
 
 @dataclass(frozen=True)
@@ -174,14 +183,26 @@ _FINISHED: list[Line] = []
 
 
 def finished_line(factory: pytest.TempPathFactory) -> Line:
-    """Made once for all tests that ask for it, those of the command line too."""
+    """Made once for all tests that ask for it, those of the command line too, in whichever process of the suite they are."""
     if not _FINISHED:
-        _FINISHED.append(_run_line(factory))
+        root = factory.getbasetemp()
+        _FINISHED.append(_shared_line(root.parent if "PYTEST_XDIST_WORKER" in os.environ else root))
     return _FINISHED[0]
 
 
-def _run_line(factory: pytest.TempPathFactory) -> Line:
-    folder = factory.mktemp("line")
+def _shared_line(root: Path) -> Line:
+    told = root / "line.json"
+    with (root / "line.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if told.exists():
+            known = json.loads(told.read_text())
+            return Line(*(Path(known[name]) for name in ("texts", "recipe", "store")), known["said"], known["outcome"])
+        line = _run_line(Path(tempfile.mkdtemp(prefix="line-", dir=root)))
+        told.write_text(json.dumps(dataclasses.asdict(line), default=str))
+    return line
+
+
+def _run_line(folder: Path) -> Line:
     texts = write_texts(folder / "texts")
     path, store = write_recipe(folder / "tiny.yaml", recipe(texts)), folder / "store"
     done = lineshaft("run", path, "--store", store, "--json")

@@ -92,7 +92,7 @@ class AnyTraffic(RuleBasedStateMachine):
                 assert world.ends[number] == ("stop" if not wanted or wanted[-1] in world.stops[number] else "length")
 
 
-AnyTraffic.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+AnyTraffic.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestAnyTraffic = AnyTraffic.TestCase
 
 

@@ -14,9 +14,11 @@ import pytest
 from fake_batch import MODEL, answered
 from fake_engine import TEXT, FakeEngine, embedding, tokenizer
 from in_thread import in_thread
+from typer.testing import CliRunner
 from world import serving
 
-from lineshaft.base.errors import BadCheckpoint, ConfigError, SourceError
+from lineshaft.base.errors import BadCheckpoint, ConfigError, LineshaftError, SourceError
+from lineshaft.cli.main import app
 from lineshaft.serve.batch import BatchConfig, answer_file, summary
 from lineshaft.serve.limits import Limits
 from lineshaft.serve.metrics import Metrics
@@ -256,6 +258,7 @@ def test_the_command_answers_with_a_real_model(tmp_path, tiny_model):
     assert json.loads(done.stdout)["statuses"] == {"200": 2}
     told = answers(tmp_path / "out.jsonl")
     assert [item["response"]["body"]["usage"]["completion_tokens"] for item in told] == [4, 4]
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 2
-    assert "exists already" in again.stderr and "Traceback" not in again.stderr
+    again = CliRunner().invoke(app, command[3:]).exception
+    assert isinstance(again, LineshaftError)
+    assert again.exit_code == 2
+    assert "exists already" in str(again)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,13 +25,36 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux" or library() is None, re
 KEPT = "a start that was kept, asked for and ready in"
 
 
+class Home:
+    """A checkpoint, and where its starts are kept. Each test leaves a kept start behind for the next one, or forgets all."""
+
+    def __init__(self, root):
+        self.root, self.folder, self.answers = root, root / "model", None
+        self.folder.mkdir()
+        write_tokenizer(self.folder)
+        write_checkpoint(self.folder, self.folder)
+
+    def started(self):
+        with serving(self.folder, self.root) as (url, process, said):
+            self.answers = answered(url)
+            until(lambda: programs(self.root), seconds=60)
+            assert KEPT not in said()
+            assert loads_torch(*engines(process))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return Home(tmp_path_factory.mktemp("kept"))
+
+
 @pytest.fixture
-def folder(tmp_path):
-    made = tmp_path / "model"
-    made.mkdir()
-    write_tokenizer(made)
-    write_checkpoint(made, made)
-    return made
+def kept(home):
+    """A start of this checkpoint is kept, with one thread. Its folder, where that is, and what it answers."""
+    if home.answers is None:
+        shutil.rmtree(home.root / "cache", ignore_errors=True)
+        home.started()
+    wanted, home.answers = home.answers, None
+    return home.folder, home.root, wanted
 
 
 @contextmanager
@@ -38,8 +62,9 @@ def serving(folder, tmp_path, **environment):
     """Its address, its process, and what it says."""
     log = tmp_path / "log"
     command = [sys.executable, "-m", "lineshaft.cli.start", "serve", str(folder), "--port", "0"]
+    settings = {"LINESHAFT_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"} | environment
     with log.open("w") as said:
-        process = subprocess.Popen(command, stderr=said, env=os.environ | {"LINESHAFT_CACHE": str(tmp_path / "cache")} | environment)
+        process = subprocess.Popen(command, stderr=said, env=os.environ | settings)
         try:
             until(lambda: "ready in" in log.read_text() or process.poll() is not None, seconds=120)
             yield re.search(r"listening on (\S+)", log.read_text())[1], process, log.read_text
@@ -59,6 +84,14 @@ def programs(tmp_path):
     return [path for path in tmp_path.glob("cache/starts/*/*/program.msgpack") if not path.parent.name.startswith(".")]
 
 
+def kept_threads(tmp_path):
+    """Of the starts that are kept. The engine replaces one by removing it: what has gone since it was found is not there yet."""
+    try:
+        return [layout.read(path).threads for path in programs(tmp_path)]
+    except FileNotFoundError:
+        return []
+
+
 def engines(process):
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return [int(number) for number in children]
@@ -68,13 +101,9 @@ def loads_torch(number):
     return "libtorch" in Path(f"/proc/{number}/maps").read_text()
 
 
-def test_a_second_start_answers_like_the_first_and_loads_no_torch(folder, tmp_path):
-    with serving(folder, tmp_path) as (url, process, said):
-        wanted = answered(url)
-        until(lambda: programs(tmp_path), seconds=60)
-        assert KEPT not in said()
-        assert loads_torch(*engines(process))
-    with serving(folder, tmp_path) as (url, process, said):
+def test_a_second_start_answers_like_the_first_and_loads_no_torch(home, kept):
+    folder, root, wanted = kept
+    with serving(folder, root) as (url, process, said):
         assert KEPT in said()
         assert answered(url) == wanted
         (engine,) = engines(process)
@@ -82,42 +111,45 @@ def test_a_second_start_answers_like_the_first_and_loads_no_torch(folder, tmp_pa
         os.kill(engine, signal.SIGKILL)
         until(lambda: said().count(KEPT) == 2, seconds=60)  # so does the engine that is started after a failure
         assert answered(url) == wanted
+    home.answers = wanted
 
 
-def test_weights_that_are_not_those_that_were_written_end_the_engine_and_the_next_one_starts_anew(folder, tmp_path):
-    with serving(folder, tmp_path) as (url, _, _):
-        wanted = answered(url)
-        until(lambda: programs(tmp_path), seconds=60)
-    (path,) = programs(tmp_path)
+def test_weights_that_are_not_those_that_were_written_end_the_engine_and_the_next_one_starts_anew(home, kept):
+    folder, root, wanted = kept
+    (path,) = programs(root)
     found = layout.read(path)
     layout.write(path, msgspec.structs.replace(found, crc=found.crc ^ 1))  # as if a weight had changed that the first tokens do not show
-    with serving(folder, tmp_path) as (url, process, said):
+    with serving(folder, root) as (url, process, said):
         until(lambda: "loaded in" in said(), seconds=60)
         assert "kept weights are not those that were written" in said()
         assert answered(url) == wanted
-        until(lambda: programs(tmp_path), seconds=60)
+        until(lambda: programs(root), seconds=60)
         assert loads_torch(*engines(process))
+    home.answers = wanted
 
 
-def test_a_checkpoint_that_was_changed_is_started_anew(folder, tmp_path):
-    with serving(folder, tmp_path) as (url, _, _):
-        before = answered(url)
-        until(lambda: programs(tmp_path), seconds=60)
+def test_a_checkpoint_that_was_changed_is_started_anew(home, kept):
+    folder, root, before = kept
+    (old,) = programs(root)
     write_checkpoint(folder, folder, seed=1)
-    with serving(folder, tmp_path) as (url, _, said):
+    with serving(folder, root) as (url, _, said):
         assert KEPT not in said()
-        assert answered(url) != before
+        after = answered(url)
+        assert after != before
+        until(lambda: programs(root) not in ([], [old]), seconds=60)
+    home.answers = after
 
 
-def test_another_number_of_threads_is_another_start_with_that_number(folder, tmp_path):
-    for threads in ("2", "1"):
-        with serving(folder, tmp_path, OMP_NUM_THREADS=threads) as (_, _, said):
-            assert KEPT not in said()
-            assert f"; threads: {threads}" in said()
-            until(lambda number=threads: [layout.read(path).threads for path in programs(tmp_path)] == [int(number)], seconds=60)
-    with serving(folder, tmp_path, OMP_NUM_THREADS="1") as (_, _, said):
+def test_another_number_of_threads_is_another_start_with_that_number(kept):
+    folder, root, _ = kept
+    assert kept_threads(root) == [1]
+    with serving(folder, root, OMP_NUM_THREADS="2") as (_, _, said):
+        assert KEPT not in said()
+        assert "; threads: 2" in said()
+        until(lambda: kept_threads(root) == [2], seconds=60)
+    with serving(folder, root, OMP_NUM_THREADS="2") as (_, _, said):
         assert KEPT in said()
-        assert "; threads: 1" in said()
+        assert "; threads: 2" in said()
 
 
 @pytest.mark.parametrize("hint", [[], ["--set=" + "x" * 300], ["nothing/there"], ["a\0b"]])

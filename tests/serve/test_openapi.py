@@ -85,15 +85,23 @@ def test_fields_that_are_taken_only_when_they_ask_for_nothing_say_so():
     assert "enum" not in chat["logprobs"]
 
 
+PLAN = {"deadline": None, "derandomize": True, "phases": [Phase.explicit, Phase.generate], "suppress_health_check": list(HealthCheck)}
+
+
 @described().parametrize()
-@settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
+@settings(max_examples=50, **PLAN)
 def test_nothing_that_follows_the_document_breaks_the_server(case, patient):
+    nothing_breaks(case, patient)
+
+
+@pytest.mark.slow  # the same, with more examples
+@described().parametrize()
+@settings(max_examples=150, **PLAN)
+def test_nothing_at_length_either(case, patient):
+    nothing_breaks(case, patient)
+
+
+def nothing_breaks(case, patient):
     answer = case.call(base_url=patient.url, timeout=SECONDS)
     case.validate_response(answer, checks=CHECKS)
     assert patient.worker.state == "ready"

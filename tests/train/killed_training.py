@@ -1,10 +1,10 @@
 """A program that kills training runs (SIGKILL) and runs them again.
 
-    python killed_training.py FOLDER step|save|checkpoint
+    python killed_training.py FOLDER
 
 `step`: in the middle of some steps. `save`: just before each thing that the third saving of a state asks of the system.
 `checkpoint`: the same while the finished model is written, every fourth. Prints the digest of an undisturbed run, and for
-each kill the digest that the rerun ended with and how many of the 8 steps it had to do.
+each of the three and each kill the digest that the rerun ended with and how many of the 8 steps it had to do.
 Each run but the undisturbed one is a fork, so that one start of Python serves them all; torch keeps to one thread, since
 a fork would not have the others.
 """
@@ -89,21 +89,27 @@ def in_a_fork(work: Callable[[], object], answer: Path) -> Any:
     return json.loads(answer.read_text())
 
 
-def main(folder: Path, where: str) -> None:
+STRIDES = {"step": 3, "save": 1, "checkpoint": 4}
+
+
+def reruns(folder: Path, where: str) -> list[Any]:
     """Kill until a run gets through, and run each again."""
+    answer, ended = folder / "answer.json", []
+    for n in itertools.count(1, STRIDES[where]):
+        here = folder / where / str(n)
+        if in_a_fork(lambda: (trap(where, n), train(here)), answer) is not None:  # noqa: B023
+            return ended
+        assert not list((here / "artifacts").glob("checkpoint-*"))
+        ended.append(in_a_fork(lambda: train(here), answer))  # noqa: B023
+    raise AssertionError("it counts for ever")
+
+
+def main(folder: Path) -> None:
     os.fsync = lambda _: None  # a kill loses nothing that the system holds
-    answer = folder / "answer.json"
     torch.set_num_threads(1)
     undisturbed = train(folder / "undisturbed")
-    reruns = []
-    for n in itertools.count(1, {"step": 3, "save": 1, "checkpoint": 4}[where]):
-        here = folder / str(n)
-        if in_a_fork(lambda: (trap(where, n), train(here)), answer) is not None:  # noqa: B023
-            break
-        assert not list((here / "artifacts").glob("checkpoint-*"))
-        reruns.append(in_a_fork(lambda: train(here), answer))  # noqa: B023
-    print(json.dumps({"undisturbed": undisturbed, "reruns": reruns}))
+    print(json.dumps({"undisturbed": undisturbed, **{where: reruns(folder, where) for where in STRIDES}}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))

@@ -26,7 +26,7 @@ def test_constant_arrivals_are_evenly_spaced_and_fill_the_time(rate, seconds):
 
 
 @given(st.sampled_from(["poisson", "ramp"]), rates, times, seeds)
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_random_arrivals_ascend_within_the_time_and_repeat_with_their_seed(kind, rate, seconds, seed):
     config = Poisson(rate=rate) if kind == "poisson" else Ramp(rate=rate)
     at = [arrival.at for arrival in config.arrivals(seconds, seed)]
@@ -67,7 +67,7 @@ def test_a_ramps_arrivals_fall_where_the_area_below_its_rate_reaches_those_of_a_
 
 
 @given(seeds, st.floats(5, 8))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_each_part_of_a_ramp_gets_its_share_of_arrivals(seed, factor):
     ramp = Ramp(rate=20, factor=factor)
     at = np.array([arrival.at for arrival in ramp.arrivals(100, seed)])

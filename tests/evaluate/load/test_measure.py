@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lineshaft.base.catalogue import CATALOGUE
@@ -79,6 +79,7 @@ def asks(seed=0, count=200, **settings):
     return Asks(load(Workload, settings), Constant(rate=1.0).arrivals(count, 0), seed)
 
 
+@settings(max_examples=25)  # of 200 lengths each
 @given(st.integers(0, 1 << 40))
 def test_lengths_are_within_their_bounds_and_repeat_with_the_seed(seed):
     drawn = {
