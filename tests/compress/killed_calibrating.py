@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,10 @@ def _counted(folder: Path, number: int, *given: Any) -> None:
 
 def work(folder: Path) -> list[Any]:
     """Digest of the checkpoint, and parts that this process did."""
-    made = calibrated_line.line(folder, "llama") if not folder.exists() else _again(folder)
-    return [made.compress("gptq", **calibrated_line.INT8).manifest.digest, len(parts)]
-
-
-def _again(folder: Path) -> calibrated_line.Line:
     store = calibrated_line.Store(folder)
     found = {item.kind: store.open(item.id) for item in store.all()}
-    return calibrated_line.Line(store, found["checkpoint"], found["tokens"])
+    made = calibrated_line.Line(store, found["checkpoint"], found["tokens"])
+    return [made.compress("gptq", **calibrated_line.INT8).manifest.digest, len(parts)]
 
 
 def trap(n: int) -> None:
@@ -56,10 +53,12 @@ def main(folder: Path) -> None:
     answer = folder / "answer.json"
     torch.set_num_threads(1)
     kept.save = _counted
+    calibrated_line.line(folder / "given", "llama")
+    shutil.copytree(folder / "given", folder / "undisturbed")
     undisturbed = in_a_fork(lambda: work(folder / "undisturbed"), answer)
     reruns = []
     for n in itertools.count(1, 7):
-        here = folder / str(n)
+        here = shutil.copytree(folder / "given", folder / str(n))
         if in_a_fork(lambda: (trap(n), work(here)), answer) is not None:  # noqa: B023
             break
         reruns.append(in_a_fork(lambda: work(here), answer))  # noqa: B023

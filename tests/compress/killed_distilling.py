@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -58,10 +59,10 @@ def distil(folder: Path, kill_at: int = 0) -> list[Any]:
 def main(folder: Path) -> None:
     """Kill in steps 2, 4 and 8, and run each again."""
     torch.set_num_threads(1)
-    undisturbed, reruns = distil(folder / "undisturbed"), []
+    line(folder / "given")
+    undisturbed, reruns = distil(shutil.copytree(folder / "given", folder / "undisturbed")), []
     for step in (2, 4, 8):
-        here = folder / str(step)
-        line(here)
+        here = shutil.copytree(folder / "given", folder / str(step))
         assert in_a_fork(lambda: distil(here, step), folder / "answer") is None  # noqa: B023
         reruns.append(in_a_fork(lambda: distil(here), folder / "answer"))  # noqa: B023
     print(json.dumps({"undisturbed": undisturbed, "reruns": reruns}))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,13 @@ def main(folder: Path) -> None:
     os.fsync = lambda _: None  # a kill loses nothing that the system holds
     torch.set_num_threads(1)
     answer = folder / "answer.json"
-    undisturbed = run(folder / "undisturbed")
+    store, parents = letter_line.parents(folder / "given")
+    PRETRAIN(store, letter_line.config(), **parents)  # not what is to be killed
+    undisturbed = run(shutil.copytree(folder / "given", folder / "undisturbed"))
     reruns = []
     for where, every in (("keep", 2), ("loss", 2)):
         for n in itertools.count(1, every):
-            here = folder / f"{where}-{n}"
-            store, parents = letter_line.parents(here)
-            PRETRAIN(store, letter_line.config(), **parents)  # not what is to be killed
+            here = shutil.copytree(folder / "given", folder / f"{where}-{n}")
             if in_a_fork(lambda: (trap(where, n), run(here)), answer) is not None:  # noqa: B023
                 break
             assert len(list((here / "artifacts").glob("checkpoint-*"))) == 1

@@ -28,6 +28,8 @@ from lineshaft.compress.calibrate.rows import Surroundings, calibration_rows
 from lineshaft.model.checkpoint import load_checkpoint
 from lineshaft.model.decoder import Decoder
 
+SHORT: dict[str, dict[str, Any]] = {"gptq": INT8, "awq": INT8 | {"points": 6}, "smooth": ROWS}
+"""What the steps are given: AWQ tries few scales, since its search is not what is tested here."""
 BOTH = Wanted(gram=True, sample=True)
 WALKED = ["llama-biased", "llama-tied", "mistral-mixture", "qwen3", "mixtral", "qwen2-moe", "deepseek-v2", "deepseek-v3-added"]
 WALKED += ["deepseek-v3", "deepseek-v3-mtp", "deepseek-v32"]
@@ -138,11 +140,17 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(tmp_path: Path)
     assert parts == set(range(told["undisturbed"][1] + 1))  # from all over again to nothing left to do
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Digest of what a run gives that nothing stops."""
+    return line(tmp_path_factory.mktemp("undisturbed"), "llama").compress("awq", **SHORT["awq"]).manifest.digest
+
+
 @pytest.mark.parametrize(("damaged", "again"), [("part-0001", 4), ("part-0002", 4), ("hidden-0002", 4), ("", 2)])
 def test_a_damaged_part_is_named_and_made_again(
-    damaged: str, again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    damaged: str, again: int, undisturbed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = line(tmp_path / "store", "mixtral")
+    made = line(tmp_path / "store", "llama")
     right, saved = kept.save, []
 
     def until_two(folder: Path, number: int, *given: Any) -> None:
@@ -152,7 +160,7 @@ def test_a_damaged_part_is_named_and_made_again(
 
     monkeypatch.setattr(kept, "save", until_two)
     with pytest.raises(KeyboardInterrupt):
-        made.compress("awq", **INT8)
+        made.compress("awq", **SHORT["awq"])
     if damaged:
         (file,) = made.store.root.glob(f"work/*/scratch/{damaged}/state.safetensors")
         file.write_bytes(file.read_bytes()[:-1] + b"\x01")
@@ -162,10 +170,10 @@ def test_a_damaged_part_is_named_and_made_again(
         right(folder, number, *given)
 
     monkeypatch.setattr(kept, "save", counting)
-    digest = made.compress("awq", **INT8).manifest.digest
+    digest = made.compress("awq", **SHORT["awq"]).manifest.digest
     assert (f"{damaged} is damaged" in capsys.readouterr().err) == bool(damaged)
     assert len(saved) == again
-    assert digest == line(tmp_path / "other", "mixtral").compress("awq", **INT8).manifest.digest
+    assert digest == undisturbed
 
 
 def test_parts_that_are_done_are_held_from_disk_and_not_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +206,7 @@ def test_what_is_mapped_from_the_checkpoint_is_never_written_to(step: str, tmp_p
         return models[-1]
 
     monkeypatch.setattr("lineshaft.compress.calibrated.load_checkpoint", looked_at)
-    made.compress(step, **(ROWS if step == "smooth" else INT8))
+    made.compress(step, **SHORT[step])
     stored = load_checkpoint(made.checkpoint.root).state_dict()
     assert mapped.keys() == stored.keys()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in mapped.items())
@@ -217,5 +225,5 @@ def test_statistics_of_a_part_are_gone_before_the_next_is_looked_at(step: str, t
         alive.append(len(known))
 
     monkeypatch.setattr(Inputs, "__init__", counted)
-    made.compress(step, **INT8)
+    made.compress(step, **SHORT[step])
     assert len(alive) == 12 and max(alive) == 4  # of a layer: before query, key and value; before o; before gate and up; before down

@@ -26,8 +26,13 @@ from lineshaft.model.junction import scale
 from lineshaft.model.norm import RmsNorm
 from lineshaft.ops.formats import DENSE
 
-FAMILIES = ["llama-biased", "llama-tied", "mistral-window", "qwen2", "qwen3", "mixtral", "qwen2-moe", "qwen3-moe"]
-FAMILIES += ["deepseek-v2", "deepseek-v3-wide-values", "deepseek-v3-added", "deepseek-v3-mtp", "deepseek-v32"]
+FAMILIES: list[Any] = ["llama-biased", "llama-tied", "qwen3", "qwen2-moe"]
+FAMILIES += ["deepseek-v3-wide-values", "deepseek-v3-added", "deepseek-v3-mtp", "deepseek-v32"]
+LIKE_THOSE = ["mistral-window", "qwen2", "mixtral", "qwen3-moe", "deepseek-v2"]
+"""Families of which each layer, and what is scaled between layers, is of a kind with one of those above."""
+FAMILIES += [pytest.param(name, marks=pytest.mark.slow) for name in LIKE_THOSE]
+POINTS: dict[str, dict[str, Any]] = {"gptq": {}, "awq": {"points": 4}}
+"""Scales that AWQ tries where its search is not what is tested: it takes most of the time."""
 INT4: dict[str, Any] = {"bits": 4, "group": 16, "skip": ["lm_head", "*.mlp.down_proj"], **ROWS}
 
 
@@ -39,7 +44,7 @@ def logits(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("shape", FAMILIES)
 def test_every_family_is_rounded_and_proven(shape: str, step: str, tmp_path: Path) -> None:
     made = line(tmp_path / "store", shape)
-    after = made.compress(step, **INT8)
+    after = made.compress(step, **INT8, **POINTS[step])
     facts, model = after.manifest.facts, load_checkpoint(after.root)
     dense = [name for name, linear in model.linears().items() if linear.format == DENSE]
     assert dense in ([], ["lm_head"])
@@ -78,7 +83,7 @@ def test_awq_comes_nearer_to_the_model_than_rounding_where_channels_are_outliers
     skip = [name for name, linear in load_checkpoint(made.checkpoint.root).linears().items() if linear.in_features % 16]
     given = INT4 | {"skip": ["lm_head", *skip]}
     rounding = {name: value for name, value in given.items() if name not in ROWS}
-    by_awq, by_rounding = made.compress("awq", **given), made.compress("round", **rounding)
+    by_awq, by_rounding = made.compress("awq", **given, points=8), made.compress("round", **rounding)
     assert (logits(by_awq.root) - before).norm() < 0.7 * (logits(by_rounding.root) - before).norm()
 
 
@@ -102,7 +107,7 @@ def test_an_expert_that_no_token_comes_to_is_told_and_rounded_to_nearest(tmp_pat
     made = line(tmp_path / "store", model)
     for step in ("gptq", "awq"):
         capsys.readouterr()
-        after = made.compress(step, **INT8)
+        after = made.compress(step, **INT8, **POINTS[step])
         names = after.manifest.facts["layers_without_tokens"]
         assert [name for name in names if ".experts.5." in name] == names != []
         assert f"no calibration token came to {len(names)} layers" in capsys.readouterr().err
@@ -116,7 +121,7 @@ def test_layers_may_differ_in_width_and_be_left_out(tmp_path: Path) -> None:
     made = line(tmp_path / "store", "llama")
     policy = {"*.mlp.*": "int8", "*.self_attn.o_proj": "dense", "lm_head": "int8"}
     for step in ("gptq", "awq"):
-        model = load_checkpoint(made.compress(step, **(INT4 | {"policy": policy})).root)
+        model = load_checkpoint(made.compress(step, **(INT4 | POINTS[step] | {"policy": policy})).root)
         formats = {name.rpartition(".")[2]: linear.format.describe() for name, linear in model.linears().items()}
         assert formats["o_proj"] == "dense" and formats["up_proj"] == formats["lm_head"] == "int8, one scale a channel"
         assert formats["q_proj"] == "int4, one scale a group of 16"
@@ -169,7 +174,7 @@ def test_a_spoilt_file_is_refused_and_the_tensor_named(mutation: str, step: str,
     change, told = MUTATIONS[mutation]
     spoil(monkeypatch, change)
     with pytest.raises(BadCheckpoint) as caught:
-        made.compress(step, **INT8)
+        made.compress(step, **INT8, **POINTS[step])
     assert re.search(told, str(caught.value))
     assert [item.stage for item in made.store.all() if item.kind == "checkpoint"] == ["by_hand"]
 
@@ -184,7 +189,7 @@ def test_a_scale_that_only_one_side_of_a_junction_got_is_refused(tmp_path: Path,
 
     monkeypatch.setattr(methods, "scale", one_sided)
     with pytest.raises(BadCheckpoint, match=r"input_layernorm\.weight is not what it was, scaled"):
-        made.compress("awq", **INT8)
+        made.compress("awq", **INT8, **POINTS["awq"])
 
 
 def test_a_part_is_scaled_before_it_is_rounded_and_only_by_its_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,5 +204,5 @@ def test_a_part_is_scaled_before_it_is_rounded_and_only_by_its_own_text(tmp_path
         return right(self, part, seen)
 
     monkeypatch.setattr(methods.Awq, "treat", treat)
-    made.compress("awq", **INT8)
+    made.compress("awq", **INT8, **POINTS["awq"])
     assert order.count("search") == 4 * 3 and order[-1] == "lm_head"

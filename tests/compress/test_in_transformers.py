@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 from integer_cases import KINDS
 
 FORMS = [None, 4]
+SLOW = pytest.mark.slow
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
 
 
@@ -81,13 +82,16 @@ def test_with_the_head_compressed_as_well_they_are_ours(name: str, group: int | 
 @pytest.mark.parametrize("step", ["gptq", "awq"])
 @pytest.mark.parametrize("shape", ["llama", "qwen3"])
 def test_what_calibration_made_loads_as_well(shape: str, step: str, tmp_path: Path) -> None:
-    made = line(tmp_path / "store", shape).compress(step, bits=4, group=8, **ROWS)
+    points = {"points": 4} if step == "awq" else {}
+    made = line(tmp_path / "store", shape).compress(step, bits=4, group=8, **ROWS, **points)
     text = [token % letter_line.VOCABULARY for token in prompt(20)]
     assert agree(logits_of(load_checkpoint(made.root), text), loaded(made.root).logits(text))
 
 
-@pytest.mark.parametrize("range_", ["minmax", "mse"])
-@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("shape", "range_"),
+    [("llama", "mse"), ("qwen3", "minmax"), pytest.param("llama", "minmax", marks=SLOW), pytest.param("qwen3", "mse", marks=SLOW)],
+)
 def test_with_one_scale_for_activations_logits_are_ours(shape: str, range_: str, tmp_path: Path) -> None:
     """It rounds by the scale that is stored, as we do: to a tie here and there."""
     made = line(tmp_path / "store", shape).compress("static", **ROWS, range=range_)
@@ -132,7 +136,7 @@ def recoded(name: str, fmt: Integer, root: Path) -> tuple[Decoder, Path]:
 
 @pytest.mark.parametrize("group", [None, 8])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("name", ["llama-biased", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-biased", pytest.param("qwen3", marks=SLOW)])
 def test_logits_are_ours_in_every_integer_format(name: str, kind: Integer, group: int | None, tmp_path: Path) -> None:
     """With zero points only where it decodes them while loading: otherwise it makes room for them as if they were not packed."""
     ours, folder = recoded(name, replace(kind, group=group), tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_prune import FAMILIES, logits, model_of, rows, with_copies
+from test_prune import FEWER, logits, model_of, rows, with_copies
 from test_shrink import same
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from lineshaft.model.shrink import Cut, each, with_stand_ins, without
 from lineshaft.train.batches import Batch
 from lineshaft.train.objective import NextToken
 
-TEXTS = rows(40, seed=3)
+TEXTS = rows(20, seed=3)
 
 
 def half_of(model: Decoder, kind: str) -> list[Cut]:
@@ -42,7 +42,7 @@ def inputs_of(model: Decoder, names: list[str], texts: list[Batch]) -> dict[str,
 
 
 @pytest.mark.parametrize("kind", ["channels", "heads"])
-@FAMILIES
+@FEWER
 def test_the_readers_are_those_of_least_squares(name: str, kind: str) -> None:
     model, twin = model_of(name), model_of(name)
     cuts = half_of(model, kind)
@@ -77,7 +77,7 @@ def test_the_readers_are_those_of_least_squares(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["channels", "heads"])
-@FAMILIES
+@FEWER
 def test_copies_still_go_without_a_trace(name: str, kind: str) -> None:
     model, chosen = with_copies(name, kind)
     before, cuts = logits(model), [least_worthy(model, units, evenly(model), each(model.config, units)) for units in chosen]

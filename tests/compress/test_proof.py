@@ -100,7 +100,13 @@ MUTATIONS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 }
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+QUICK = {"int8 with activations", "int4 with zero points"}
+"""Codes as they are, and words of codes with zero points; the others are words of codes, too, without."""
+
+
+@pytest.mark.parametrize(
+    "config", [pytest.param(config, id=name, marks=[pytest.mark.slow] * (name not in QUICK)) for name, config in CONFIGS.items()]
+)
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_spoilt_file_is_refused_and_the_tensor_named(
     mutation: str, config: CompressConfig, source: Artifact, monkeypatch: pytest.MonkeyPatch

@@ -68,7 +68,7 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Line:
     store = Store(tmp_path_factory.mktemp("learnt"))
     letters = letter_line.tokenizer(store)
     tokens = letter_line.tokens(store, letters, letter_line.documents(1, 1500), letter_line.documents(2, 40))
-    asked = letter_line.config(model=QWEN, steps=200, rows=8, save_every=100, optimiser={"peak_lr": 1e-2})
+    asked = letter_line.config(model=QWEN, steps=140, rows=8, save_every=140, optimiser={"peak_lr": 1e-2})
     return store, PRETRAIN(store, asked, tokens=tokens, tokenizer=letters), tokens
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,10 +46,22 @@ def _less_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory) -> Line:
-    """Store, a dense checkpoint of two layers of latent attention, one of them with experts, and its tokens."""
-    store, parents = letter_line.parents(tmp_path_factory.mktemp("line"))
-    return store, PRETRAIN(store, letter_line.config(steps=40), **parents), parents["tokens"]
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a dense checkpoint of two layers of latent attention, one of them with experts, and its tokens."""
+    store, parents = letter_line.parents(tmp_path_factory.mktemp("line") / "given")
+    PRETRAIN(store, letter_line.config(steps=40), **parents)
+    return store.root
+
+
+@pytest.fixture(scope="module")
+def line(given: Path) -> Line:
+    """What is in a copy of that store, in which runs meet those of other tests."""
+    return opened(shutil.copytree(given, given.with_name("shared")))
+
+
+def opened(folder: Path) -> Line:
+    store, parents = letter_line.parents(folder)
+    return store, PRETRAIN(store, letter_line.config(steps=40), **parents), parents["tokens"]  # which is there already
 
 
 def config(**changes: Any) -> QatConfig:
@@ -200,10 +213,10 @@ def stop_at_step(number: int, line: Line, monkeypatch: pytest.MonkeyPatch, **cha
 
 @pytest.mark.parametrize("changes", [POLICY, {"symmetric": False, "activations": "int8", "sequence_tokens": 3}], ids=str)
 def test_a_run_that_was_stopped_twice_ends_with_the_bytes_of_an_undisturbed_one(
-    line: Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    line: Line, given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    store, parents = letter_line.parents(tmp_path)
-    again = store, PRETRAIN(store, letter_line.config(steps=40), **parents), parents["tokens"]
+    again = opened(shutil.copytree(given, tmp_path / "again"))
+    store = again[0]
     assert again[1].id == line[1].id
     stop_at_step(6, again, monkeypatch, **changes)
     stop_at_step(6, again, monkeypatch, **changes)  # the tenth
@@ -216,17 +229,16 @@ def test_a_run_that_was_stopped_twice_ends_with_the_bytes_of_an_undisturbed_one(
     assert resumed.manifest.id == undisturbed.manifest.id
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(line: Line, tmp_path: Path) -> None:
-    store, parents = letter_line.parents(tmp_path)
-    dense = PRETRAIN(store, letter_line.config(steps=40), **parents)
-    asked = [str(tmp_path), "10", config().model_dump_json(), dense.id, parents["tokens"].id]
+def test_a_killed_run_goes_on_to_the_same_bytes(line: Line, given: Path, tmp_path: Path) -> None:
+    store, dense, tokens = opened(shutil.copytree(given, tmp_path / "again"))
+    asked = [str(store.root), "10", config().model_dump_json(), dense.id, tokens.id]
     killed = subprocess.run(
         [sys.executable, Path(__file__).with_name("killed_qat.py"), *asked], capture_output=True, timeout=200, check=False
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (work,) = (path for path in (store.root / "work").iterdir())
     assert sorted(path.name for path in work.iterdir()) == ["payload", "scratch"]  # nothing had time to tidy up
-    resumed = QAT(store, config(), checkpoint=dense, tokens=parents["tokens"])
+    resumed = QAT(store, config(), checkpoint=dense, tokens=tokens)
     assert resumed.manifest.digest == run(line).manifest.digest
     assert resumed.manifest.aside["tokens_per_second"] * resumed.manifest.aside["train_seconds"] == pytest.approx(4 * 32)
 

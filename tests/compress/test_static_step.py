@@ -33,10 +33,14 @@ def static_layers(model: Decoder) -> set[str]:
     return {name for name, fmt in formats.items() if isinstance(fmt, Integer) and fmt.activations == "int8-static"}
 
 
+RANGES = {"llama-biased": "mse", "qwen2-moe": "mse"}
+"""The search for the least squared error takes most of the time, and sees numbers alone: two families have it, with an expert's too."""
+
+
 @pytest.mark.parametrize("shape", FAMILIES)
 def test_every_family_is_rounded_and_proven(shape: str, tmp_path: Path) -> None:
     made = line(tmp_path / "store", shape)
-    after, before = made.compress("static", **ROWS), logits(made.checkpoint.root)
+    after, before = made.compress("static", **ROWS, range=RANGES.get(shape, "percentile")), logits(made.checkpoint.root)
     model = load_checkpoint(after.root)
     own = {name for name, linear in model.linears().items() if linear is not model.lm_head}
     assert static_layers(model) == own - routed(model)
@@ -86,7 +90,7 @@ def test_a_scale_is_what_the_dense_model_s_activations_give(way: str, tmp_path: 
 
 def test_the_kernels_give_the_reference_s_answers(tmp_path: Path) -> None:
     made = line(tmp_path / "store", "llama")
-    model = load_checkpoint(made.compress("static", **ROWS).root)
+    model = load_checkpoint(made.compress("static", **ROWS, range="percentile").root)
     text = torch.arange(20) % model.config.vocab_size
     with torch.inference_mode(), table.steady():
         plain = model.lm_head(model.model.layers[0].mlp(model.model.embed_tokens(text)))  # type: ignore[misc, union-attr, operator]
@@ -125,10 +129,11 @@ def test_a_layer_that_no_token_comes_to_is_refused_by_name(tmp_path: Path, monke
         assert router.e_score_correction_bias is not None
         router.e_score_correction_bias[5] = -100.0
     made = line(tmp_path / "store", model)
-    assert made.compress("static", **ROWS).manifest.facts["layers_without_tokens"]
+    given = {**ROWS, "range": "percentile"}
+    assert made.compress("static", **given).manifest.facts["layers_without_tokens"]
     monkeypatch.setattr("lineshaft.compress.calibrated.routed", lambda model: frozenset())
     with pytest.raises(ConfigError, match=r"experts\.5\.\S+: no calibration token came to it, so its activations have no range"):
-        made.compress("static", **(ROWS | {"sequences": 5}))
+        made.compress("static", **(given | {"sequences": 5}))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +152,7 @@ def test_what_can_not_be_is_refused(config: type[Any], given: dict[str, Any], to
 
 
 def test_a_checkpoint_whose_scale_can_be_none_is_refused_with_the_layer_s_name(tmp_path: Path) -> None:
-    made = line(tmp_path / "store", "llama").compress("static", **ROWS)
+    made = line(tmp_path / "store", "llama").compress("static", **ROWS, range="percentile")
     shutil.copytree(made.root, tmp_path / "copy", ignore=shutil.ignore_patterns("manifest.json"))
     tensors = load_file(tmp_path / "copy" / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.input_scale"].zero_()
