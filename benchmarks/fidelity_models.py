@@ -75,13 +75,16 @@ class Trained:
         return -float(bigram.log_prob(ids[:, :-1].ravel(), ids[:, 1:].ravel()).mean())
 
 
-def trained(store: Store, family: str, steps: int = STEPS, **changes: Any) -> Trained:
-    """The model of this shape, made now or before. In float32 on every machine, so that all train the same one. `changes`: of its shape."""
+def trained(store: Store, family: str, steps: int = STEPS, seed: int | None = None, **changes: Any) -> Trained:
+    """The model of this shape, made now or before. In float32 on every machine, so that all train the same one.
+
+    `seed`: of its weights and the order of the text, if not the quickstart's. `changes`: of its shape.
+    """
     quick = read_recipe(QUICKSTART).recipe
     corpus = INGEST(store, quick.data)
     tokenizer = TRAIN_TOKENIZER(store, quick.tokenizer, corpus=corpus)
     tokens = TOKENIZE(store, quick.tokens, corpus=corpus, tokenizer=tokenizer)
     shape = Architecture.model_validate({"family": family, **SHAPES[family], **changes})
     loop = quick.train.loop.model_copy(update={"steps": steps, "precision": "float32"})
-    config = quick.train.model_copy(update={"model": shape, "loop": loop})
+    config = quick.train.model_copy(update={"model": shape, "loop": loop, **({} if seed is None else {"seed": seed})})
     return Trained(PRETRAIN(store, config, tokens=tokens, tokenizer=tokenizer), tokens)

@@ -1,6 +1,6 @@
 """What structured pruning costs and saves: held-out loss beside an equal-step control, decode speed beside its bound.
 
-    .venv/bin/python benchmarks/pruning.py loss --store FOLDER [--models llama ...] [--cut channels=0.4 ...] [--set recovery_steps=200]
+    .venv/bin/python benchmarks/pruning.py loss --store FOLDER [--models llama ...] [--seed 2] [--cut channels=0.4 ...] [--set recovery_steps=200]
     .venv/bin/python benchmarks/pruning.py redundant --store FOLDER         # a quarter of the experts are copies, and a quarter is cut
     .venv/bin/python benchmarks/pruning.py speed [FOLDER] [--cut channels=0.4,heads=0.5]
 
@@ -44,7 +44,7 @@ from lineshaft.sched.request import Ask, Emitted, Sampling
 from lineshaft.train.batches import IGNORE, RowReader
 from lineshaft.train.finetune import FINETUNE, FinetuneConfig
 
-HELD_OUT_ROWS = 320
+HELD_OUT_ROWS = 402
 CHANGES = {"llama": {"num_hidden_layers": 4, "intermediate_size": 640}, "qwen3_moe": {}}
 """Of the shapes in fidelity_models.py: a llama of 1.3 M weights whose feed-forward blocks hold three quarters of them."""
 SETTINGS = {"rows": 4, "precision": "float32"}
@@ -105,7 +105,7 @@ def compare(store: Store, checkpoint: Artifact, tokens: Artifact, config: PruneC
 def tables(given: argparse.Namespace) -> None:
     store = Store(given.store)
     for family in given.models:
-        model = trained(store, family, given.steps, **CHANGES[family])
+        model = trained(store, family, given.steps, given.seed, **CHANGES[family])
         print(f"{family}, {model.checkpoint.manifest.facts['parameters']} weights", flush=True)
         for shares in given.cut or ["channels=0.2", "channels=0.4"]:
             compare(store, model.checkpoint, model.tokens, settings(shares, given.set))
@@ -211,6 +211,7 @@ def main() -> None:
         kind.add_argument("--store", type=Path, required=True)
         kind.add_argument("--steps", type=int, default=STEPS, help="of the models' own training")
         if name == "loss":
+            kind.add_argument("--seed", type=int, help="of the models' own training")
             kind.add_argument("--models", nargs="+", choices=CHANGES, default=list(CHANGES))
         else:
             kind.add_argument("--drift", type=int, default=100)

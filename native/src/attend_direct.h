@@ -173,6 +173,12 @@ inline Way way_for(const Attention& a, const Item& item) {
     return {on_tiles::gather_queries, on_tiles::take_step};
 }
 
+/// For scores alone, of any item.
+inline Way way_of_scores(const Attention& a) {
+    if (!in_pairs(a)) return {on_vectors::gather_queries, on_vectors::score_step};
+    return {on_tiles::gather_queries, on_tiles::score_step};
+}
+
 /// Key heads of one query that an item may have.
 inline int64_t key_heads_together(const Attention& a) { return on_tiles::direct(a) ? on_tiles::kMostKeyHeads : 1; }
 

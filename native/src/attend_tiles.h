@@ -71,6 +71,12 @@ inline void add_rows(const Attention& a, int64_t first, int64_t rows, Bench& ben
     }
 }
 
+inline void score_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
+    Tiling tiling;
+    gather_step(a, item, start, bench);
+    score(a, item, bench, tiling);
+}
+
 inline void take_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
     Tiling tiling;
     gather_step(a, item, start, bench);

@@ -82,9 +82,13 @@ inline void add(const Attention& a, const Item& item, Bench& bench) {
     }
 }
 
-inline void take_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
+inline void score_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
     gather_step(a, item, start, bench);
     score(a, item, bench);
+}
+
+inline void take_step(const Attention& a, const Item& item, int64_t start, Bench& bench) {
+    score_step(a, item, start, bench);
     shrink(a, item, start, bench);
     weigh(a, item, bench);
     add(a, item, bench);

@@ -30,7 +30,7 @@ inline void attend(const Attention& a, const Item& item, Bench& bench) {
 
 /// Heads and queries of an item, so that threads have enough of them to share.
 inline void attention(const Attention& a, int part, int parts) {
-    static thread_local Bench bench;
+    Bench& bench = bench_of_thread();
     const int64_t shared = a.heads / a.kv_heads;
     int64_t heads = std::min<int64_t>(shared, kMostRows);
     const auto items_with = [&](int64_t at_once) {

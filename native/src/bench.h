@@ -32,6 +32,11 @@ struct Bench {
     float* out_at(int64_t row, int64_t v) { return out + v / kGroup * kGroup * kMostRows + row * kGroup + v % kGroup; }
 };
 
+inline Bench& bench_of_thread() {
+    static thread_local Bench bench;
+    return bench;
+}
+
 /// An entry that nobody sees.
 inline const void* nothing() {
     alignas(64) static const uint32_t zeros[std::max(kMostKeyWidth, kMostValueWidth)] = {};

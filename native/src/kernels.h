@@ -33,6 +33,13 @@ struct Norm {
     int64_t out_stride, tokens, width;
 };
 
+/// Layer normalisation: less the mean, too, and with a bias.
+struct Centred {
+    Norm norm;
+    Activation bias_kind;
+    const void* bias;
+};
+
 struct Rope {
     Activation activation;
     const void* x;                  // [tokens, heads, width]
@@ -72,6 +79,26 @@ struct Attention {
     int64_t heads, kv_heads, key_width, value_width;
     int threads;                // heads are divided until there is work for so many
     void* out;                  // [tokens, heads, value_width], dense
+};
+
+/// What an indexer is asked (ops/reference_indexer.py), and where its choice goes.
+struct Choosing {
+    Activation activation;      // of queries and keys
+    const void* q;              // [tokens, heads, width], dense
+    const float* weights;       // [tokens, heads]
+    const void* keys;           // pages [P, page tokens, width]
+    int64_t key_stride;         // elements from token to token
+    int64_t page_tokens;
+    const Chunk* chunks;
+    int64_t chunk_count;
+    const int32_t* tables;
+    Reach reach;
+    float scale;
+    int64_t heads, width, top, tokens;
+    float* room;                // [room tokens, longest]: scores of so many tokens, or fewer
+    int64_t room_tokens, longest;
+    int32_t* slots;             // [tokens, top]: page * page tokens + place in the page; -1 behind the last
+    Chunk* chosen;              // [tokens]: each token's part of the slots, as pages of one token
 };
 
 /// What tokens leave behind in coded pages.
@@ -137,6 +164,7 @@ struct Kernels {
     void (*linears)(const Linear*, int64_t count, void* scratch, int part, int parts);  // of activations packed for the first one
     void (*swiglu)(const Linear* gate_and_up, void* scratch, int part, int parts);      // SiLU(gate) * up to where up's belongs
     void (*norm)(const Norm&, int part, int parts);
+    void (*centred)(const Centred&, int part, int parts);
     void (*rope)(const Rope&, int part, int parts);
     void (*silu_mul)(Activation, const void* gate, const void* up, void* out, int64_t count, int part, int parts);
     void (*add)(Activation, const void* a, const void* b, void* out, int64_t count, int part, int parts);
@@ -144,6 +172,8 @@ struct Kernels {
     void (*scaled)(Activation, const void* x, const void* factors, void* out, int64_t tokens, int64_t width, int part, int parts);
     void (*widen)(const void* x, float* out, int64_t count, int part, int parts);
     void (*attention)(const Attention&, int part, int parts);
+    void (*score_together)(const Choosing&, int part, int parts);
+    void (*choose)(const Choosing&, int part, int parts);
     void (*write_codes)(const Entries&, int part, int parts);
     void (*route)(const Route&, int part, int parts);
     void (*sample)(const Sample&, int part, int parts);

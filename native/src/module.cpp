@@ -134,6 +134,17 @@ void norm(int activation, uintptr_t x, int64_t x_stride, int weight_kind, uintpt
     });
 }
 
+void layer_norm(int activation, uintptr_t x, int64_t x_stride, int weight_kind, uintptr_t weight, int bias_kind, uintptr_t bias, float eps, uintptr_t out,
+                int64_t tokens, int64_t width) {
+    const Centred c{{Activation(activation), at<const void>(x), x_stride, Activation(weight_kind), at<const void>(weight), eps, at<void>(out), width, 0, width},
+                    Activation(bias_kind), at<const void>(bias)};
+    step::perform(tokens, 2 * width, [c](int64_t now, int part, int parts) {
+        Centred own = c;
+        own.norm.tokens = now;
+        chosen->centred(own, part, parts);
+    });
+}
+
 void rope(int activation, uintptr_t x, int64_t x_stride, int64_t head_stride, uintptr_t cos, uintptr_t sin, bool interleaved, uintptr_t out, int64_t tokens,
           int64_t heads, int64_t width) {
     const Rope r{Activation(activation), at<const void>(x), x_stride, head_stride, at<const float>(cos), at<const float>(sin), interleaved,
@@ -210,6 +221,26 @@ void attention(int activation, bool coded, uintptr_t q, int64_t q_stride, uintpt
     });
 }
 
+/// Scores, then the choice: as many chunks as there are tokens.
+void choose(int activation, uintptr_t q, uintptr_t weights, uintptr_t keys, int64_t key_stride, int64_t page_tokens, uintptr_t chunks, uintptr_t chunk_count,
+            uintptr_t tables, int reach, int64_t reach_a, int64_t reach_b, int64_t reach_c, float scale, int64_t heads, int64_t width, int64_t top,
+            uintptr_t room, int64_t room_tokens, int64_t longest, uintptr_t slots, uintptr_t found, uintptr_t count, int64_t tokens) {
+    const Choosing c{Activation(activation), at<const void>(q), at<const float>(weights), at<const void>(keys), key_stride, page_tokens, at<const Chunk>(chunks), 0,
+                     at<const int32_t>(tables), {reach, reach_a, reach_b, reach_c}, scale, heads, width, top, 0, at<float>(room), room_tokens, longest,
+                     at<int32_t>(slots), at<Chunk>(found)};
+    const auto now_with = [c, chunk_count](int64_t now) {
+        Choosing own = c;
+        own.chunk_count = *at<const int64_t>(chunk_count);
+        own.tokens = now;
+        return own;
+    };
+    step::perform(tokens, 1 << 20, [now_with](int64_t now, int part, int parts) { chosen->score_together(now_with(now), part, parts); });
+    step::perform(tokens, 1 << 20, [now_with, count](int64_t now, int part, int parts) {
+        if (part == 0) *at<int64_t>(count) = now;
+        chosen->choose(now_with(now), part, parts);
+    });
+}
+
 void sample(uintptr_t logits, int64_t stride, int64_t width, uintptr_t choices, uintptr_t tokens, int64_t rows) {
     const Sample s{at<const float>(logits), stride, width, at<const Choice>(choices), at<int64_t>(tokens), 0};
     step::perform(rows, width, [s](int64_t now, int part, int parts) {
@@ -252,6 +283,7 @@ NB_MODULE(_native, m) {
     m.def("linears", &linears, free_gil);
     m.def("swiglu", &swiglu, free_gil);
     m.def("norm", &norm, free_gil);
+    m.def("layer_norm", &layer_norm, free_gil);
     m.def("rope", &rope, free_gil);
     m.def("silu_mul", &silu_mul, free_gil);
     m.def("add", &add, free_gil);
@@ -260,6 +292,7 @@ NB_MODULE(_native, m) {
     m.def("angles", &angles, free_gil);
     m.def("write_codes", &write_codes, free_gil);
     m.def("attention", &attention, free_gil);
+    m.def("choose_keys", &choose, free_gil);
     m.def("sample", &sample, free_gil);
     bind_experts(m);
 }

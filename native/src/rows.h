@@ -41,6 +41,32 @@ inline void norm(const Norm& n, int part, int parts) {
     }
 }
 
+/// Mean and variance in two passes, as the variance of numbers far from zero needs.
+inline void centred(const Centred& c, int part, int parts) {
+    const Norm& n = c.norm;
+    const auto own = team::share(n.tokens, part, parts);
+    for (int64_t t = own.first; t < own.last; t++) {
+        const void* x = row_of(n.activation, n.x, t * n.x_stride);
+        void* out = const_cast<void*>(row_of(n.activation, n.out, t * n.out_stride));
+        auto sum = Lanes::set1(0.0f);
+        for (int64_t i = 0; i < n.width; i += 16) sum = Lanes::add(sum, read_some(n.activation, x, i, n.width - i));
+        const auto mean = Lanes::set1(Lanes::sum(sum) / float(n.width));
+        float squares = 0;
+        for (int64_t i = 0; i < n.width; i += 16) {
+            const auto value = Lanes::sub(read_some(n.activation, x, i, n.width - i), mean);
+            alignas(64) float each[16];
+            Lanes::store(each, Lanes::mul(value, value));
+            for (int64_t j = 0; j < std::min<int64_t>(16, n.width - i); j++) squares += each[j];
+        }
+        const auto factor = Lanes::set1(1.0f / std::sqrt(squares / float(n.width) + n.eps));
+        for (int64_t i = 0; i < n.width; i += 16) {
+            const int64_t count = n.width - i;
+            const auto scaled = Lanes::mul(Lanes::sub(read_some(n.activation, x, i, count), mean), factor);
+            write_some(n.activation, out, i, count, Lanes::fma(scaled, read_some(n.weight_kind, n.weight, i, count), read_some(c.bias_kind, c.bias, i, count)));
+        }
+    }
+}
+
 inline void rope(const Rope& r, int part, int parts) {
     const int64_t half = r.width / 2;
     const auto own = team::share(r.tokens, part, parts);

@@ -4,4 +4,4 @@
 set -eu
 . "$(dirname "$0")/build_and_test.sh"
 SANITIZE=1
-build_and_test "" tests/ops/test_native.py tests/ops/test_native_bits.py tests/ops/test_native_neighbours.py tests/ops/test_packing.py tests/ops/test_recording.py tests/ops/test_sampling.py "$@"
+build_and_test "" tests/ops/test_native.py tests/ops/test_native_bits.py tests/ops/test_native_indexer.py tests/ops/test_native_neighbours.py tests/ops/test_packing.py tests/ops/test_recording.py tests/ops/test_sampling.py "$@"

@@ -8,4 +8,4 @@ export LINESHAFT_ISA
 products=ON
 if grep -qw avx512_bf16 /proc/cpuinfo; then products=OFF; fi
 build_and_test "-DLINESHAFT_SOFT_TILES=ON -DLINESHAFT_SOFT_PRODUCTS=$products" tests/ops/test_native.py tests/ops/test_native_bits.py \
-    tests/ops/test_native_experts.py tests/ops/test_native_neighbours.py tests/ops/test_native_tiles.py tests/ops/test_packing.py "$@"
+    tests/ops/test_native_experts.py tests/ops/test_native_indexer.py tests/ops/test_native_neighbours.py tests/ops/test_native_tiles.py tests/ops/test_packing.py "$@"

@@ -159,7 +159,7 @@ def test_without_native_kernels_it_is_refused(tiny: Tiny, tmp_path: Path, monkey
 
 @NEEDS_NATIVE
 def test_an_indexer_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    refused(tiny("deepseek_v32"), INT8, "can't choose among keys, as this model's indexer does", tmp_path)
+    refused(tiny("deepseek_v32"), INT8, "this model's indexer can't choose among codes", tmp_path)
 
 
 @NEEDS_NATIVE

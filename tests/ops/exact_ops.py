@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import expert_cases
+import indexer_cases
 import native_cases
 import numpy as np
 import sample_cases
@@ -190,6 +191,7 @@ def exact_coded_attention(
 
 EXACT: dict[str, Callable[..., Any]] = {
     **expert_cases.EXACT,
+    **indexer_cases.EXACT,
     "linear": exact_linear,
     "linear_int": exact_linear_int,
     "linear_int_a8": exact_linear_int_a8,

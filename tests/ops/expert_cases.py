@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import indexer_cases
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -61,9 +62,11 @@ class ExpertShapes:
 
 
 def as_one(result: Any) -> Tensor:
-    """A router's two results as one that does not hang on the order of the chosen: the weight of every expert. Products side by side."""
+    """A router's two results as one that does not hang on the order of the chosen: the weight of every expert. Others side by side."""
     if isinstance(result, Tensor):
         return result
+    if result[0].dtype == torch.int32:
+        return indexer_cases.as_one(result)
     if len(result) != 2 or result[1].dtype != torch.int64:
         return torch.cat(result, 1)
     weight, expert = result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import indexer_cases
 import native_cases
 import sample_cases
 import torch
@@ -69,6 +70,14 @@ class Shapes(ExpertShapes):
         tokens, heads, width = self.draw(st.integers(0, 20)), self.draw(st.sampled_from([None, 1, 3])), self.size(40)
         x = self.strided(tokens, (heads or 1) * width).mul_(self.draw(st.sampled_from([1e-3, 1, 100])))
         return x.unflatten(1, (heads, width)) if heads else x, self.randn(width), 1e-6
+
+    def layer_norm(self) -> Arguments:
+        tokens, width = self.draw(st.integers(0, 20)), self.size(70)
+        shift = self.draw(st.sampled_from([0, 30]))  # a mean that is large beside the differences
+        return self.strided(tokens, width) + shift, self.randn(width), self.randn(width), 1e-6
+
+    def choose_keys(self) -> Arguments:
+        return tuple(self.draw(indexer_cases.choices(self.dtype)))
 
     def rope(self) -> Arguments:
         tokens, heads, half = self.draw(st.integers(0, 6)), self.size(5), self.draw(st.integers(1, 9) | st.sampled_from([16, 32]))

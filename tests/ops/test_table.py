@@ -14,7 +14,7 @@ from native_cases import NEEDS_NATIVE
 from op_cases import DTYPES, arguments, close
 from torch import Tensor
 
-from lineshaft.ops import reference, reference_packed, table
+from lineshaft.ops import reference, reference_indexer, reference_packed, table
 from lineshaft.ops.isa import library
 from lineshaft.ops.reach import Reach
 
@@ -56,7 +56,7 @@ def test_every_op_can_be_called_and_every_device_has_every_op() -> None:
         assert kernels.keys() == table.REFERENCE.keys()
         assert table.chosen(device).keys() == table.REFERENCE.keys()
     assert table.NATIVE.keys() <= table.REFERENCE.keys()
-    own = vars(reference) | vars(reference_packed)
+    own = vars(reference) | vars(reference_packed) | vars(reference_indexer)
     assert all(callable(getattr(table, op)) and kernel is own[op] for op, kernel in table.REFERENCE.items())
     assert set(table.chosen("cpu").values()) == {"reference", "cpu"}
     native = table.NATIVE if library() else {}

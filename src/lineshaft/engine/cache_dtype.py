@@ -7,7 +7,7 @@ import torch
 from lineshaft.base.errors import ConfigError
 from lineshaft.engine.config import EngineConfig
 from lineshaft.engine.native_attend import obstacle
-from lineshaft.model.config import ModelConfig
+from lineshaft.model.config import LatentAttention, ModelConfig
 from lineshaft.model.cost import kv_bytes
 
 
@@ -19,6 +19,8 @@ def cache_dtype(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) ->
     if config.cache_dtype == "auto":
         return dtype
     missing = obstacle(model)
+    if isinstance(model.attention, LatentAttention) and model.attention.indexer is not None:
+        missing = "this model's indexer can't choose among codes"
     if not config.batch_invariant:
         missing = "the native kernels, which read 8-bit pages, need engine.batch_invariant=true"
     elif dtype not in (torch.float32, torch.bfloat16):

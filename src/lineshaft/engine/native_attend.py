@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 from lineshaft.engine.buffers import GroupBuffers, StepBuffers
 from lineshaft.engine.cache import PagedCache
 from lineshaft.model.attend import IndexQuery, LatentQuery
-from lineshaft.model.config import GroupedQueryAttention, LatentAttention, ModelConfig
+from lineshaft.model.config import LatentAttention, ModelConfig
+from lineshaft.model.cost import kv_entries
 from lineshaft.ops import table as ops
 from lineshaft.ops.checks import WIDEST
 from lineshaft.ops.isa import describe, library
-from lineshaft.ops.reach import Reach
+from lineshaft.ops.reach import Causal, Reach
 
 
 def obstacle(config: ModelConfig) -> str | None:
@@ -22,11 +24,9 @@ def obstacle(config: ModelConfig) -> str | None:
     a = config.attention
     if library() is None:
         return describe().removeprefix("warning: ")
-    if isinstance(a, LatentAttention) and a.indexer is not None:
-        return "the native kernels can't choose among keys, as this model's indexer does"
-    width = a.head_dim if isinstance(a, GroupedQueryAttention) else a.kv_lora_rank + a.qk_rope_head_dim
-    fits = width % 2 == 0 and width <= WIDEST
-    return None if fits else f"the native kernels attend to keys of an even number of channels, at most {WIDEST}, not {width}"
+    widths = [math.prod(entry) for entry in kv_entries(config)] if isinstance(a, LatentAttention) else [a.head_dim]
+    unfit = [width for width in widths if width % 2 or width > WIDEST]
+    return f"the native kernels attend to keys of an even number of channels, at most {WIDEST}, not {unfit[0]}" if unfit else None
 
 
 class _Laid(NamedTuple):
@@ -67,12 +67,23 @@ class NativeAttend:
         index: IndexQuery | None = None,
     ) -> Tensor:
         """See model.attend.Attend. Absorbs the up-projection: nothing is expanded, however long the context."""
-        assert index is None  # see obstacle
-        group = self._groups[self.cache.group_of[layer]]
-        self.cache.write(layer, group.slots_T[: self._tokens], ops.join(latent_TC, k_rope_TR))
-        pages = self.cache.parts[layer][0][:, :, None]
-        q_THE, latent = ops.join(query.absorbed(), query.rope_THR), latent_TC.shape[-1]
-        return query.values(self._attended(q_THE, pages, pages, latent, group, scale, reach))
+        group, latent = self._groups[self.cache.group_of[layer]], latent_TC.shape[-1]
+        entries = [ops.join(latent_TC, k_rope_TR), *([] if index is None else [index.key_TD])]
+        self.cache.write(layer, group.slots_T[: self._tokens], *entries)
+        pages, *index_pages = self.cache.parts[layer]
+        q_THE = ops.join(query.absorbed(), query.rope_THR)
+        if index is None:
+            return query.values(self._attended(q_THE, pages[:, :, None], pages[:, :, None], latent, group, scale, reach))
+        slots_TK, chunks_T4, count_1 = self._chosen(index, index_pages[0], group, reach)
+        single = pages.view(-1, 1, 1, pages.shape[-1])  # each token a page of its own
+        return query.values(
+            ops.paged_attention(q_THE, single, single[..., :latent], chunks_T4, slots_TK.flatten(), scale, Causal(), count_1)
+        )
+
+    def _chosen(self, index: IndexQuery, pages: Tensor, group: _Laid, reach: Reach) -> tuple[Tensor, Tensor, Tensor]:
+        longest = self.cache.config.max_position_embeddings
+        where = group.chunks_C4, group.tables, index.top_k, reach, longest, group.count_1
+        return ops.choose_keys(index.q_TJD, index.weight_TJ, pages, *where)
 
     def _attended(
         self, q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, values: int, group: _Laid, scale: float, reach: Reach

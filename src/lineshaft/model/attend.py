@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lineshaft.model.linear import Linear
+from lineshaft.ops import reference_indexer as choice
 from lineshaft.ops import table as ops
 from lineshaft.ops.packed import PackedHeads
 from lineshaft.ops.reach import Reach
@@ -42,17 +43,9 @@ class IndexQuery:
     """These tokens' own keys, normalised and rotated, one for all heads: what later tokens are compared with."""
     top_k: int
 
-    def scores(self, key_SD: Tensor) -> Tensor:
-        """float32 [T, S]: how much each token wants to see each key. Rounded in the order in which transformers rounds."""
-        near_TJS = (torch.matmul(self.q_TJD.float(), key_SD.float().T) * key_SD.shape[-1] ** -0.5).relu()
-        return torch.matmul(self.weight_TJ[:, None], near_TJS)[:, 0]
-
     @torch.no_grad()
     def chosen(self, key_SD: Tensor, first: int, reach: Reach) -> Tensor:
-        """Bool [T, S]: of what a token may see, the top_k of highest score; the queries are at positions `first` and on.
-
-        Of equal scores, and ReLU makes many zeros, the earlier token wins: the choice must not hang on how a batch is cut.
-        """
+        """`reference_indexer.best`, bool [T, S]; the queries are at positions `first` and on."""
         here_T = torch.arange(first, first + len(self.q_TJD), device=key_SD.device)
         return self.among(key_SD, reach.visible(here_T[:, None], torch.arange(len(key_SD), device=key_SD.device)[None]))
 
@@ -61,11 +54,7 @@ class IndexQuery:
         """`chosen` of the keys that each token may see, bool [T, S]; keys stand in order of position."""
         if len(key_SD) <= self.top_k:
             return seen_TS
-        scores_TS = self.scores(key_SD).masked_fill(~seen_TS, -torch.inf)
-        last_T1 = scores_TS.topk(self.top_k, sorted=False).values.amin(-1, keepdim=True)
-        better_TS, equal_TS = scores_TS > last_T1, (scores_TS == last_T1) & seen_TS
-        room_T1 = self.top_k - better_TS.sum(-1, keepdim=True)
-        return better_TS | (equal_TS & (equal_TS.cumsum(-1) <= room_T1))
+        return choice.best(choice.scores(self.q_TJD, self.weight_TJ, key_SD), seen_TS, self.top_k)
 
     def of(self, rows: slice | Tensor) -> IndexQuery:
         """The same for some of the tokens."""

@@ -14,11 +14,12 @@ from lineshaft.model.config import Indexer, LatentAttention, ModelConfig
 from lineshaft.model.fused import added, side_by_side
 from lineshaft.model.junction import Junction, Port, ports
 from lineshaft.model.linear import Linear
-from lineshaft.model.norm import RmsNorm
+from lineshaft.model.norm import LayerNorm, RmsNorm
 from lineshaft.model.positions import Yarn
 from lineshaft.model.rope import Rotation
 from lineshaft.model.units import Place, Units, rows
 from lineshaft.ops import table as ops
+from lineshaft.ops.packing import Shape, pack_dense
 from lineshaft.ops.reach import Reach
 
 # DeepSeek's published code leaves the norms inside attention at this, whatever the model's rms_norm_eps says.
@@ -107,7 +108,7 @@ class IndexerBlock(nn.Module):
         self.rope = attention.qk_rope_head_dim
         self.wq_b = Linear(attention.q_lora_rank, self.heads * self.width)
         self.wk = Linear(config.hidden_size, self.width)
-        self.k_norm = nn.LayerNorm(self.width, LATENT_NORM_EPS)
+        self.k_norm = LayerNorm(self.width, LATENT_NORM_EPS)
         self.weights_proj = HeadWeights(config.hidden_size, self.heads)
 
     @torch.no_grad()
@@ -119,7 +120,7 @@ class IndexerBlock(nn.Module):
         return IndexQuery(self._turned(q_TJD, halves), self.weights_proj(x_TI), self._turned(key_T1D, halves)[:, 0], self.top_k)
 
     def _turned(self, x_THD: Tensor, rotate: Rotation) -> Tensor:
-        return torch.cat([rotate(x_THD[..., : self.rope]), x_THD[..., self.rope :]], -1)
+        return ops.join(rotate(x_THD[..., : self.rope]), x_THD[..., self.rope :])
 
 
 class HeadWeights(nn.Module):
@@ -130,9 +131,22 @@ class HeadWeights(nn.Module):
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, hidden))
+        self.packed: tuple[Shape, Tensor] | None = None
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, hidden] to float32 [T, heads]."""
+        if self.packed is not None:
+            return ops.packed_linear(ops.widen(x_TI), self.packed[1], self.packed[0], None, False)
         with torch.autocast(x_TI.device.type, enabled=False):
-            weight_TJ: Tensor = ops.linear(x_TI.float(), self.weight.float(), None) * self.weight.shape[0] ** -0.5
+            weight_TJ: Tensor = ops.linear(x_TI.float(), self.weight.float(), None) * self.factor
         return weight_TJ
+
+    @property
+    def factor(self) -> float:
+        """Of every weight, so that scores do not grow with the number of heads."""
+        return float(self.weight.shape[0] ** -0.5)
+
+    def pack(self) -> None:
+        """Lay the weight out for the native kernels, where they can take it, the factor in it."""
+        if self.packed is None:
+            self.packed = pack_dense(self.weight.detach().float() * self.factor)

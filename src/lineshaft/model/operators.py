@@ -18,6 +18,8 @@ def ops_used(config: ModelConfig, fmt: str, task: Literal["serve", "train"], nat
     found = {"embed", "angles", "linear", "rms_norm", "rope", "silu_mul", "add"} | _mixed(config)
     latent = isinstance(config.attention, LatentAttention)
     indexer = isinstance(config.attention, LatentAttention) and config.attention.indexer is not None
+    if indexer:
+        found |= {"layer_norm", "join"}
     if task == "train":
         found |= {"rows_gqa", "reach_gqa", *(["join"] if latent else [])} | ({"attention"} if indexer else set())
         return sorted(found)
@@ -25,7 +27,7 @@ def ops_used(config: ModelConfig, fmt: str, task: Literal["serve", "train"], nat
     if native:
         found = _by_native_kernels(config, found)
     paged = "coded_attention" if pages8 else "paged_attention"
-    found.add(paged if native and not indexer else "tile_mla" if latent else "tile_gqa")
+    found.add(paged if native else "tile_mla" if latent else "tile_gqa")
     return sorted(found)
 
 
@@ -39,14 +41,14 @@ def _mixed(config: ModelConfig) -> set[str]:
 
 
 def _by_native_kernels(config: ModelConfig, found: set[str]) -> set[str]:
-    """Weights that the kernels take are packed; what is not (odd widths, an indexer's own) stays as it is."""
+    """Weights that the kernels take are packed; what is not (odd widths) stays as it is."""
     a, moe, layers = config.attention, config.moe, range(config.num_hidden_layers)
     found = found - {"linear", "linear_int", "linear_int_a8", "linear_fp8", "silu_mul", "add"}
     found |= {"packed_linear", "packed_linears", "packed_swiglu"}
     if isinstance(a, LatentAttention):
         if a.qk_nope_head_dim % 4 == 0 and a.kv_lora_rank % 4 == 0:
             found = found - {"by_head"} | {"packed_by_head"}
-        found.add("linear" if a.indexer else "join")
+        found |= {"join", *(["widen", "choose_keys"] if a.indexer else [])}
     if moe is not None:
         found |= {"widen", "experts", "add"}
         beside = moe.n_shared_experts or moe.shared_expert_intermediate_size or moe.n_added_experts

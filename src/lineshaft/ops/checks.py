@@ -79,6 +79,18 @@ def attention(q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, chunks_C4: Tensor
     _pages("paged_attention", q_THD, pages_k, pages_v, pages_v.shape[-1], chunks_C4, tables)
 
 
+def choosing(q_TJD: Tensor, weight_TJ: Tensor, pages: Tensor, chunks_C4: Tensor, tables: Tensor, top_k: int) -> None:
+    """Of an indexer: one key for all heads."""
+    float_of(q_TJD)
+    _dtypes("choose_keys", q_TJD, (pages, pages), q_TJD.dtype, chunks_C4, tables)
+    if pages.dim() != 3 or q_TJD.shape[2:] != pages.shape[2:] or weight_TJ.shape != q_TJD.shape[:2] or weight_TJ.dtype != torch.float32:
+        found = f"weights {list(weight_TJ.shape)} {weight_TJ.dtype}, pages {list(pages.shape)}"
+        raise ValueError(f"choose_keys: queries {list(q_TJD.shape)}, {found}")
+    _pages("choose_keys", q_TJD, pages[:, :, None], pages[:, :, None], 0, chunks_C4, tables)
+    if top_k < 1:
+        raise ValueError(f"choose_keys: {top_k} keys to choose: at least 1")
+
+
 def coded_attention(q_THD: Tensor, pages_k: Tensor, pages_v: Tensor, values: int, chunks_C4: Tensor, tables: Tensor) -> None:
     """Entries of both as wide as queries."""
     float_of(q_THD)

@@ -12,6 +12,11 @@ from lineshaft.ops import checks
 from lineshaft.ops.reach import Blocks, Reach, Window
 from lineshaft.ops.recording import native_library, result
 
+SHARED = 2
+"""Tokens a thread up to which threads share each token's positions; of more, each takes whole tokens."""
+STEP = 64
+"""kStep of native/src/bench.h."""
+
 
 def rms_norm(x: Tensor, weight_I: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`."""
@@ -21,6 +26,16 @@ def rms_norm(x: Tensor, weight_I: Tensor, eps: float) -> Tensor:
     weight, tokens = (checks.float_of(weight_I), weight_I.data_ptr()), len(x)
     per_token = rows // tokens if tokens else 1
     native_library().norm(kind, rows_TI.data_ptr(), rows_TI.stride(0), *weight, eps, out.data_ptr(), width, tokens, per_token, width)
+    return out
+
+
+def layer_norm(x_TI: Tensor, weight_I: Tensor, bias_I: Tensor, eps: float) -> Tensor:
+    """See `reference.layer_norm`."""
+    checks.norm(x_TI, weight_I)
+    checks.norm(x_TI, bias_I)
+    kind, x_TI, weight_I, bias_I = checks.float_of(x_TI), rows_of(x_TI), weight_I.contiguous(), bias_I.contiguous()
+    out, known = result(x_TI.shape, x_TI.dtype), [number for each in (weight_I, bias_I) for number in (checks.float_of(each), each.data_ptr())]
+    native_library().layer_norm(kind, x_TI.data_ptr(), x_TI.stride(0), *known, eps, out.data_ptr(), *x_TI.shape)
     return out
 
 
@@ -96,6 +111,51 @@ def paged_attention(
     """See `reference.paged_attention`."""
     checks.attention(q_THD, pages_k, pages_v, chunks_C4, tables)
     return _attended(q_THD, pages_k, pages_v, pages_v.shape[-1], chunks_C4, tables, scale, reach, count_1)
+
+
+def choose_keys(
+    q_TJD: Tensor,
+    weight_TJ: Tensor,
+    pages: Tensor,
+    chunks_C4: Tensor,
+    tables: Tensor,
+    top_k: int,
+    reach: Reach,
+    longest: int,
+    count_1: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference_indexer.choose_keys`."""
+    checks.choosing(q_TJD, weight_TJ, pages, chunks_C4, tables, top_k)
+    kind, q_TJD, weight_TJ, chunks_C4, tables = checks.float_of(q_TJD), *(each.contiguous() for each in (q_TJD, weight_TJ, chunks_C4, tables))
+    tokens, heads, width = q_TJD.shape
+    count_1 = torch.tensor([len(chunks_C4)]) if count_1 is None else count_1
+    if not tokens:
+        return torch.empty(0, top_k, dtype=torch.int32), torch.empty(0, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    room_RS = result((SHARED * native_library().threads(), -(-longest // STEP) * STEP), torch.float32)
+    slots_TK, found_T4, found_1 = result((tokens, top_k), torch.int32), result((tokens, 4), torch.int64), result((1,), torch.int64)
+    native_library().choose_keys(
+        kind,
+        q_TJD.data_ptr(),
+        weight_TJ.data_ptr(),
+        pages.data_ptr(),
+        pages.stride(1),
+        pages.shape[1],
+        chunks_C4.data_ptr(),
+        count_1.data_ptr(),
+        tables.data_ptr(),
+        *_numbers(reach),
+        width**-0.5,
+        heads,
+        width,
+        top_k,
+        room_RS.data_ptr(),
+        *room_RS.shape,
+        slots_TK.data_ptr(),
+        found_T4.data_ptr(),
+        found_1.data_ptr(),
+        tokens,
+    )
+    return slots_TK, found_T4, found_1
 
 
 def write_codes(pages: Tensor, slots_T: Tensor, entry: Tensor) -> Tensor:

@@ -82,6 +82,11 @@ def rms_norm(x_TI: Tensor, weight_I: Tensor, eps: float) -> Tensor:
     return (weight_I * scaled.to(x_TI.dtype)).to(x_TI.dtype)
 
 
+def layer_norm(x_TI: Tensor, weight_I: Tensor, bias_I: Tensor, eps: float) -> Tensor:
+    """Less the mean and scaled to unit variance over the last dimension, then by a learnt weight and bias (Ba et al., arXiv 1607.06450)."""
+    return F.layer_norm(x_TI, weight_I.shape, weight_I, bias_I, eps)
+
+
 def rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
     """Rotate pairs of channels by the angle of their position (Su et al. 2021, section 3.4.2). The layout stays.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lineshaft.ops import cpu, native, native_experts, native_linear, reference, reference_packed
+from lineshaft.ops import cpu, native, native_experts, native_linear, reference, reference_indexer, reference_packed
 from lineshaft.ops import steady as steady_kernels
 from lineshaft.ops.experts import Feeds, Rule
 from lineshaft.ops.isa import library
@@ -29,6 +29,7 @@ REFERENCE: Mapping[str, Kernel] = {
     "linear_int_a8": reference.linear_int_a8,
     "linear_fp8": reference.linear_fp8,
     "rms_norm": reference.rms_norm,
+    "layer_norm": reference.layer_norm,
     "rope": reference.rope,
     "silu_mul": reference.silu_mul,
     "add": reference.add,
@@ -56,6 +57,7 @@ REFERENCE: Mapping[str, Kernel] = {
     "packed_swiglu": reference_packed.packed_swiglu,
     "write_pages": reference.write_pages,
     "paged_attention": reference.paged_attention,
+    "choose_keys": reference_indexer.choose_keys,
     "write_codes": reference.write_codes,
     "coded_attention": reference.coded_attention,
     "sample": reference.sample,
@@ -88,6 +90,7 @@ NATIVE: Mapping[str, Kernel] = {
     "packed_linears": native_linear.packed_linears,
     "packed_swiglu": native_linear.packed_swiglu,
     "rms_norm": native.rms_norm,
+    "layer_norm": native.layer_norm,
     "rope": native.rope,
     "silu_mul": native.silu_mul,
     "add": native.add,
@@ -102,6 +105,7 @@ NATIVE: Mapping[str, Kernel] = {
     "experts": native_experts.experts,
     "write_pages": native.write_pages,
     "paged_attention": native.paged_attention,
+    "choose_keys": native.choose_keys,
     "write_codes": native.write_codes,
     "coded_attention": native.coded_attention,
     "sample": native.sample,
@@ -164,6 +168,11 @@ def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, block: tuple[int, int],
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`."""
     return kernel("rms_norm", x)(x, weight, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See `reference.layer_norm`."""
+    return kernel("layer_norm", x)(x, weight, bias, eps)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -280,6 +289,22 @@ def paged_attention(
 ) -> Tensor:
     """See `reference.paged_attention`."""
     return kernel("paged_attention", q)(q, pages_k, pages_v, chunks, tables, scale, reach, count)
+
+
+def choose_keys(
+    q: Tensor,
+    weight: Tensor,
+    pages: Tensor,
+    chunks: Tensor,
+    tables: Tensor,
+    top_k: int,
+    reach: Reach,
+    longest: int,
+    count: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference_indexer.choose_keys`."""
+    slots, found, tokens = kernel("choose_keys", q)(q, weight, pages, chunks, tables, top_k, reach, longest, count)
+    return slots, found, tokens
 
 
 def write_codes(pages: Tensor, slots: Tensor, entry: Tensor) -> Tensor:
