@@ -1,6 +1,6 @@
 """What structured pruning costs and saves: held-out loss beside an equal-step control, decode speed beside its bound.
 
-    .venv/bin/python benchmarks/pruning.py loss --store FOLDER [--models llama ...] [--seed 2] [--cut channels=0.4 ...] [--set recovery_steps=200]
+    .venv/bin/python benchmarks/pruning.py loss --store FOLDER [--models llama ...] [--seed 2] [--cut channels=0.4 ...] [--set KEY=VALUE]
     .venv/bin/python benchmarks/pruning.py redundant --store FOLDER         # a quarter of the experts are copies, and a quarter is cut
     .venv/bin/python benchmarks/pruning.py speed [FOLDER] [--cut channels=0.4,heads=0.5]
 
@@ -96,7 +96,7 @@ def compare(store: Store, checkpoint: Artifact, tokens: Artifact, config: PruneC
     was, now = facts["parameters_before"], facts["parameters"]
     print(f"  cut {facts['cut']}, weights {was} to {now}, {steps} recovery steps, {seconds:.0f} s", flush=True)
     beside = {"source": before}
-    for count in sorted({steps, steps + config.rebuild_steps} - {0}):
+    for count in sorted({steps, steps + config.rebuilding_steps} - {0}):
         beside[f"control of {count} steps"] = losses(control(store, checkpoint, tokens, config, count), tokens)
     for name, loss in beside.items():
         print(f"    loss {ours.mean():.4f}, {name} {loss.mean():.4f}: rise {rise(ours, loss)}", flush=True)
@@ -126,7 +126,7 @@ def redundant(given: argparse.Namespace) -> None:
     copies = with_copies(store, model.checkpoint)
     drifted = control(store, copies, model.tokens, settings("experts=0.25", given.set), given.drift)
     for name, checkpoint in (("exact copies", copies), (f"copies trained {given.drift} steps further", drifted)):
-        for further in (["recovery_steps=0"], []):
+        for further in (["last_recovery_steps=0"], []):
             print(f"qwen3_moe, {name}", flush=True)
             compare(store, checkpoint, model.tokens, settings("experts=0.25", [*given.set, *further]))
 

@@ -46,7 +46,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "awq int4": [{"step": "awq", **_INT4}],
     "gptq int4": [{"step": "gptq", **_INT4}],
     "qat int4": [{"step": "qat", **_INT4, **_FIT}],
-    "prune 40 %, untrained": [_PRUNE | {"channels": 0.4, "recovery_steps": 0}],
+    "prune 40 %, untrained": [_PRUNE | {"channels": 0.4, "last_recovery_steps": 0}],
     "prune 20 %": [_PRUNE | {"channels": 0.2}],
     "prune 40 %": [_PRUNE | {"channels": 0.4}],
     "prune 40 %, gptq int4": [_PRUNE | {"channels": 0.4}, {"step": "gptq", **_INT4}],

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import indexer_cases
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor

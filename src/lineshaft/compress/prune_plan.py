@@ -22,6 +22,8 @@ from lineshaft.train.stage import FitConfig
 
 Share = Annotated[float, Field(ge=0, le=0.9)]
 Sizes = dict[Size, int]
+REBUILD_STEPS = 100
+"""Enough for most of what rebuilding gives (docs/compression.md)."""
 _KINDS: tuple[Kind, ...] = ("channels", "heads", "experts", "layers")
 
 
@@ -48,18 +50,20 @@ class PruneConfig(Config):
     """Rows of training text on which gradients are taken before each step."""
     mend: bool = True
     """What reads the units that stay is fitted, on those rows, to what it gave with all of them (mend.py)."""
-    rebuild_steps: int = Field(0, ge=0)
-    """After the last step of cutting each layer is trained for so many steps to give what it gave before, without labels (rebuild.py)."""
+    rebuild_steps: int | None = Field(None, ge=0)
+    """After the last step of cutting each layer is trained for so many steps to give what it gave before, without labels (rebuild.py).
+
+    null: 100, and none where layers are cut."""
     rebuild_rows: PositiveInt = 256
     """Rows of training text that it does so on."""
     rebuild_lr: PositiveFloat = 2e-3
     """Highest learning rate of it."""
-    recovery_steps: int = Field(100, ge=0)
-    """Optimiser steps after each step of cutting; 0: none."""
-    last_recovery_steps: int | None = Field(None, ge=0)
+    recovery_steps: int = Field(0, ge=0)
+    """Optimiser steps after each step of cutting but the last; 0: none."""
+    last_recovery_steps: int | None = Field(400, ge=0)
     """After the last one; null: recovery_steps times the steps of cutting, so more than half of all."""
-    lr: PositiveFloat = 3e-3
-    """Highest learning rate of recovery, about that of the model's own training; it falls along half a cosine over all recoveries."""
+    lr: PositiveFloat = 3e-4
+    """Highest learning rate of recovery, about a tenth of that of the model's own training; it falls along half a cosine over all recoveries."""
     final_lr_share: float = Field(0.05, ge=0, le=1)
     """Learning rate at the last step, as a share of `lr`; 1: constant."""
     weight_decay: float = Field(0.1, ge=0)
@@ -82,6 +86,13 @@ class PruneConfig(Config):
         if self.layers and self.rebuild_steps:
             raise ValueError("layers and rebuild_steps: a layer that is gone can't be held against what it gave; set one of them to 0")
         return self
+
+    @property
+    def rebuilding_steps(self) -> int:
+        """`rebuild_steps`, settled."""
+        if self.rebuild_steps is not None:
+            return self.rebuild_steps
+        return 0 if self.layers else REBUILD_STEPS
 
     def share_of(self, kind: Kind) -> float:
         """The share of units of this kind to cut."""

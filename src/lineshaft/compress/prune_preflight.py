@@ -15,7 +15,7 @@ from lineshaft.train.preflight import Training, judge_training, train_memory
 def prune_memory(given: Training, config: PruneConfig) -> Memory:
     """The first recovery, on nearly the whole model; gradients for worth need less. And a layer that is rebuilt, beside both models."""
     phases = dict(train_memory(given).phases)
-    if config.rebuild_steps:
+    if config.rebuilding_steps:
         phases["rebuilding a layer"] = _rebuilding(given, config)
     return Memory(phases)
 

@@ -101,8 +101,8 @@ def prune(model: Decoder, steps: Sequence[Sizes], text: Text, config: PruneConfi
     with bar("prune", len(steps), done=done) as progress:
         for step in range(done, len(steps)):
             pruning.model = cut(pruning.model, steps[step], text.calibration(step), config)
-            if config.rebuild_steps and step + 1 == len(steps):
-                how = Rebuilding(config.rebuild_steps, config.rebuild_lr, config.seed)
+            if config.rebuilding_steps and step + 1 == len(steps):
+                how = Rebuilding(config.rebuilding_steps, config.rebuild_lr, config.seed)
                 pruning.rebuilt = rebuild(pruning.model, trained, text.rebuilding(trained.config), how)
             if recoveries[step]:
                 _recover(pruning, text, config, Recovery(step, recoveries), scratch / f"recovery-{step}")

@@ -34,8 +34,9 @@ def layer_norm(x_TI: Tensor, weight_I: Tensor, bias_I: Tensor, eps: float) -> Te
     checks.norm(x_TI, weight_I)
     checks.norm(x_TI, bias_I)
     kind, x_TI, weight_I, bias_I = checks.float_of(x_TI), rows_of(x_TI), weight_I.contiguous(), bias_I.contiguous()
-    out, known = result(x_TI.shape, x_TI.dtype), [number for each in (weight_I, bias_I) for number in (checks.float_of(each), each.data_ptr())]
-    native_library().layer_norm(kind, x_TI.data_ptr(), x_TI.stride(0), *known, eps, out.data_ptr(), *x_TI.shape)
+    weight, bias = ((checks.float_of(learnt_I), learnt_I.data_ptr()) for learnt_I in (weight_I, bias_I))
+    out = result(x_TI.shape, x_TI.dtype)
+    native_library().layer_norm(kind, x_TI.data_ptr(), x_TI.stride(0), *weight, *bias, eps, out.data_ptr(), *x_TI.shape)
     return out
 
 
@@ -126,7 +127,7 @@ def choose_keys(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference_indexer.choose_keys`."""
     checks.choosing(q_TJD, weight_TJ, pages, chunks_C4, tables, top_k)
-    kind, q_TJD, weight_TJ, chunks_C4, tables = checks.float_of(q_TJD), *(each.contiguous() for each in (q_TJD, weight_TJ, chunks_C4, tables))
+    kind, (q_TJD, weight_TJ, chunks_C4, tables) = checks.float_of(q_TJD), (x.contiguous() for x in (q_TJD, weight_TJ, chunks_C4, tables))
     tokens, heads, width = q_TJD.shape
     count_1 = torch.tensor([len(chunks_C4)]) if count_1 is None else count_1
     if not tokens:
