@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import product
 
 import pytest
 import torch
@@ -135,6 +136,8 @@ OTHERS = [
     ("llama", torch.bfloat16, "int8"),
     ("mistral", torch.bfloat16, "int8"),
     ("deepseek_v3", torch.float32, "int8"),
+    ("deepseek_v32", torch.float32, "auto"),
+    ("deepseek_v32", torch.bfloat16, "auto"),
 ]
 
 
@@ -143,8 +146,7 @@ OTHERS = [
     [
         *(same(*case, count=REQUESTS) for case in FULL),
         *(same(*case) for case in OTHERS),
-        same("deepseek_v32", torch.float32, count=40),  # no step of it is recorded, which takes ten times as long
-        *(same(*case, count=REQUESTS, slow=True) for case in [*OTHERS, ("deepseek_v32", torch.float32, "auto")]),
+        *(same(*case, count=REQUESTS, slow=True) for case in OTHERS),
     ],
 )
 def test_staggered_requests_get_the_bits_that_each_gets_alone(tiny: Tiny, family: str, dtype: torch.dtype, held: str, count: int) -> None:
@@ -165,9 +167,10 @@ def test_staggered_requests_get_the_bits_that_each_gets_alone(tiny: Tiny, family
 
 
 @NEEDS_NATIVE
-@pytest.mark.parametrize("held", ["auto", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", ["deepseek_v3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "held"), [*product(["deepseek_v3", "llama", "qwen3_moe"], ["auto", "int8"]), ("deepseek_v32", "auto")]
+)
 def test_nothing_of_pytorch_stands_between_the_kernels_of_a_step(tiny: Tiny, family: str, dtype: torch.dtype, held: str) -> None:
     step = engine_of(tiny(family).to(dtype), 60, held).runner.native
     assert step is not None
