@@ -24,6 +24,7 @@ CASES = [
     ("qwen3", torch.float32, "auto", None),
     ("qwen3_moe", torch.bfloat16, "auto", None),
     ("deepseek_v3", torch.float32, "auto", None),
+    ("deepseek_v32", torch.bfloat16, "auto", None),
     ("deepseek_v3", torch.bfloat16, "int8", None),
     ("llama", torch.float32, "auto", 8),
     ("qwen3", torch.bfloat16, "auto", 4),
