@@ -63,7 +63,7 @@ class PruneConfig(Config):
     last_recovery_steps: int | None = Field(400, ge=0)
     """After the last one; null: recovery_steps times the steps of cutting, so more than half of all."""
     lr: PositiveFloat = 3e-4
-    """Highest learning rate of recovery, about a tenth of that of the model's own training; it falls along half a cosine over all recoveries."""
+    """Highest learning rate of recovery, a tenth of that of the model's own training; it falls along half a cosine over all recoveries."""
     final_lr_share: float = Field(0.05, ge=0, le=1)
     """Learning rate at the last step, as a share of `lr`; 1: constant."""
     weight_decay: float = Field(0.1, ge=0)
