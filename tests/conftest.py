@@ -11,6 +11,7 @@ import tempfile
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in child processes: tiny models lose by threads
 os.environ["LINESHAFT_CACHE"] = tempfile.mkdtemp(prefix="lineshaft-tests-")  # not the user's; each process of the suite has its own
 atexit.register(shutil.rmtree, os.environ["LINESHAFT_CACHE"], ignore_errors=True)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else every child process compiles our code again, half a second each
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a suite started in the background: its children would not hear Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

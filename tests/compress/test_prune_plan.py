@@ -127,3 +127,9 @@ def test_a_config_that_cuts_nothing_or_too_much_is_refused() -> None:
         load(PruneConfig, {"channels": 0.95})
     with pytest.raises(ConfigError, match='did you mean "channels"'):
         load(PruneConfig, {"channel": 0.4})
+
+
+def test_layers_are_rebuilt_unless_some_are_cut() -> None:
+    assert PruneConfig(channels=0.4).rebuilding_steps > 0
+    assert PruneConfig(channels=0.4, rebuild_steps=0).rebuilding_steps == 0
+    assert PruneConfig(channels=0.4, layers=0.3).rebuilding_steps == 0

@@ -52,7 +52,7 @@ Line = tuple[Store, Artifact, Artifact]
 def config(**changes: Any) -> PruneConfig:
     same = {"multiple": 4, "step_share": 0.2, "calibration_rows": 2, "sequence_tokens": 16, "rows": 2}
     same |= {"recovery_steps": 3, "last_recovery_steps": changes.get("recovery_steps", 3), "rebuild_steps": 0}
-    return PruneConfig(**same | {"precision": "float32"} | (changes or {"channels": 0.5}))
+    return PruneConfig(**same | {"lr": 3e-3, "precision": "float32"} | (changes or {"channels": 0.5}))
 
 
 @pytest.fixture(scope="module")
