@@ -13,27 +13,10 @@
 
 namespace {
 
-/// The index heads as attention sees them: one key, no values.
-inline Attention index_heads(const Choosing& c) {
-    Attention a{};
-    a.activation = c.activation;
-    a.q = c.q;
-    a.q_stride = c.heads * c.width;
-    a.keys = a.values = c.keys;
-    a.key_stride = a.value_stride = c.key_stride;
-    a.page_tokens = c.page_tokens;
-    a.tables = c.tables;
-    a.reach = c.reach;
-    a.heads = c.heads;
-    a.kv_heads = 1;
-    a.key_width = c.width;
-    return a;
-}
-
 /// The sum over an item's heads, added to `scores`, of weight times ReLU(query times key * scale), of 64 positions.
 inline void add_up(const Choosing& c, const Item& item, const Bench& bench, bool first, float* scores) {
-    const float* weights = c.weights + item.token(0) * c.heads + item.first_head;
-    const auto scale = Lanes::set1(c.scale), zero = Lanes::set1(0.0f);
+    const float* weights = c.weights + item.token(0) * c.heads.heads + item.first_head;
+    const auto scale = Lanes::set1(c.heads.scale), zero = Lanes::set1(0.0f);
     for (int j = 0; j < kStep; j += 16) {
         auto sum = first ? zero : Lanes::load(scores + j);
         for (int64_t row = 0; row < item.heads; row++) {
@@ -46,15 +29,15 @@ inline void add_up(const Choosing& c, const Item& item, const Bench& bench, bool
 
 /// Scores of one token at the positions of the `part`-th of `parts` shares of its context, in whole steps. What it does not see has any.
 inline void score_positions(const Choosing& c, const Chunk& chunk, int64_t query, int part, int parts, float* scores, Bench& bench) {
-    const Attention a = index_heads(c);
+    const Attention& a = c.heads;
+    const Way way = way_of_scores(a);
     const int64_t position = chunk.first + query;
     const auto steps = team::share(position / kStep + 1, part, parts);
-    for (int64_t head = 0; head < c.heads; head += kMostRows) {
-        const Item item{&chunk, 0, head, std::min<int64_t>(kMostRows, c.heads - head), query, 1};
-        const Way way = way_of_scores(a);
+    for (int64_t head = 0; head < a.heads; head += kMostRows) {
+        const Item item{&chunk, 0, head, std::min<int64_t>(kMostRows, a.heads - head), query, 1};
         way.gather_queries(a, item, bench);
         for (int64_t start = steps.first * kStep; start < steps.last * kStep; start += kStep) {
-            if (!touched(c.reach, position, position, start, kStep)) continue;
+            if (!touched(a.reach, position, position, start, kStep)) continue;
             way.take_step(a, item, start, bench);
             add_up(c, item, bench, head == 0, scores + start);
         }
@@ -64,12 +47,13 @@ inline void score_positions(const Choosing& c, const Chunk& chunk, int64_t query
 /// Lists what the `query`-th token of a chunk chooses, and the list as a chunk of its own. No scores: it chooses all that it sees.
 inline void list(const Choosing& c, const Chunk& chunk, int64_t query, const float* scores) {
     static thread_local std::vector<float> seen;
+    const Attention& a = c.heads;
     const int64_t position = chunk.first + query, token = chunk.row + query;
     constexpr float kLowest = std::numeric_limits<float>::lowest();
     const auto score = [=](int64_t at) { return scores && scores[at] > kLowest ? scores[at] : kLowest; };  // also of what is not a number
     seen.clear();
     for (int64_t at = 0; at <= position; at++)
-        if (sees(c.reach, position, at)) seen.push_back(score(at));
+        if (sees(a.reach, position, at)) seen.push_back(score(at));
     float least = kLowest;
     int64_t equals = int64_t(seen.size());  // how many of those with the least score have room
     if (equals > c.top) {
@@ -79,8 +63,8 @@ inline void list(const Choosing& c, const Chunk& chunk, int64_t query, const flo
     }
     int32_t *const first = c.slots + token * c.top, *next = first;
     for (int64_t at = 0; at <= position; at++) {
-        if (!sees(c.reach, position, at) || score(at) < least || (score(at) == least && equals-- <= 0)) continue;
-        *next++ = int32_t(c.tables[chunk.table + at / c.page_tokens] * c.page_tokens + at % c.page_tokens);
+        if (!sees(a.reach, position, at) || score(at) < least || (score(at) == least && equals-- <= 0)) continue;
+        *next++ = int32_t(a.tables[chunk.table + at / a.page_tokens] * a.page_tokens + at % a.page_tokens);
     }
     std::fill(next, first + c.top, -1);
     c.chosen[token] = {token, next - first - 1, 1, token * c.top};
@@ -91,8 +75,8 @@ inline bool together(const Choosing& c, int64_t position) { return c.tokens <= c
 
 /// Of few tokens, whose positions all threads share.
 inline void score_together(const Choosing& c, int part, int parts) {
-    for (int64_t n = 0; n < c.chunk_count; n++) {
-        const Chunk& chunk = c.chunks[n];
+    for (int64_t n = 0; n < c.heads.chunk_count; n++) {
+        const Chunk& chunk = c.heads.chunks[n];
         for (int64_t query = 0; query < chunk.count; query++)
             if (scored(c, chunk.first + query) && together(c, chunk.first + query))
                 score_positions(c, chunk, query, part, parts, c.room + (chunk.row + query) * c.longest, bench_of_thread());
@@ -103,10 +87,10 @@ inline void score_together(const Choosing& c, int part, int parts) {
 inline void choose(const Choosing& c, int part, int parts) {
     static thread_local std::vector<float> own;
     int64_t number = 0;
-    for (int64_t n = 0; n < c.chunk_count; n++)
-        for (int64_t query = 0; query < c.chunks[n].count; query++) {
+    for (int64_t n = 0; n < c.heads.chunk_count; n++)
+        for (int64_t query = 0; query < c.heads.chunks[n].count; query++) {
             if (number++ % parts != part) continue;
-            const Chunk& chunk = c.chunks[n];
+            const Chunk& chunk = c.heads.chunks[n];
             const int64_t position = chunk.first + query;
             const float* scores = nullptr;
             if (scored(c, position) && together(c, position)) scores = c.room + (chunk.row + query) * c.longest;

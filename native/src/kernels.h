@@ -83,18 +83,9 @@ struct Attention {
 
 /// What an indexer is asked (ops/reference_indexer.py), and where its choice goes.
 struct Choosing {
-    Activation activation;      // of queries and keys
-    const void* q;              // [tokens, heads, width], dense
+    Attention heads;            // of the indexer: one key for all of them, no values
     const float* weights;       // [tokens, heads]
-    const void* keys;           // pages [P, page tokens, width]
-    int64_t key_stride;         // elements from token to token
-    int64_t page_tokens;
-    const Chunk* chunks;
-    int64_t chunk_count;
-    const int32_t* tables;
-    Reach reach;
-    float scale;
-    int64_t heads, width, top, tokens;
+    int64_t top, tokens;
     float* room;                // [room tokens, longest]: scores of so many tokens, or fewer
     int64_t room_tokens, longest;
     int32_t* slots;             // [tokens, top]: page * page tokens + place in the page; -1 behind the last

@@ -225,12 +225,13 @@ void attention(int activation, bool coded, uintptr_t q, int64_t q_stride, uintpt
 void choose(int activation, uintptr_t q, uintptr_t weights, uintptr_t keys, int64_t key_stride, int64_t page_tokens, uintptr_t chunks, uintptr_t chunk_count,
             uintptr_t tables, int reach, int64_t reach_a, int64_t reach_b, int64_t reach_c, float scale, int64_t heads, int64_t width, int64_t top,
             uintptr_t room, int64_t room_tokens, int64_t longest, uintptr_t slots, uintptr_t found, uintptr_t count, int64_t tokens) {
-    const Choosing c{Activation(activation), at<const void>(q), at<const float>(weights), at<const void>(keys), key_stride, page_tokens, at<const Chunk>(chunks), 0,
-                     at<const int32_t>(tables), {reach, reach_a, reach_b, reach_c}, scale, heads, width, top, 0, at<float>(room), room_tokens, longest,
-                     at<int32_t>(slots), at<Chunk>(found)};
+    const Attention asked{Activation(activation), false, at<const void>(q), heads * width, at<const void>(keys), at<const void>(keys), key_stride, key_stride, 0, 0,
+                          page_tokens, at<const Chunk>(chunks), 0, at<const int32_t>(tables), {reach, reach_a, reach_b, reach_c}, scale, heads, 1, width, 0,
+                          step::threads(), nullptr};
+    const Choosing c{asked, at<const float>(weights), top, 0, at<float>(room), room_tokens, longest, at<int32_t>(slots), at<Chunk>(found)};
     const auto now_with = [c, chunk_count](int64_t now) {
         Choosing own = c;
-        own.chunk_count = *at<const int64_t>(chunk_count);
+        own.heads.chunk_count = *at<const int64_t>(chunk_count);
         own.tokens = now;
         return own;
     };

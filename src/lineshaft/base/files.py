@@ -98,7 +98,7 @@ def _read_through(path: Path, look: Callable[[int, memoryview], None]) -> tuple[
 
 
 def _read_at_once(path: Path, look: Callable[[int, memoryview], None]) -> tuple[int, str]:
-    """The same without the second thread and its buffers, which take fifty times as long as a small file."""
+    """The same without the second thread and its buffers, which take tens of times as long as a small file."""
     whole = path.read_bytes()
     for number, start in enumerate(range(0, len(whole), BLOCK_BYTES)):
         look(number, memoryview(whole)[start : start + BLOCK_BYTES])

@@ -23,7 +23,7 @@ from lineshaft.train.stage import FitConfig
 Share = Annotated[float, Field(ge=0, le=0.9)]
 Sizes = dict[Size, int]
 REBUILD_STEPS = 100
-"""Enough for most of what rebuilding gives (docs/compression.md)."""
+"""What the recovery of the default length was measured with (docs/compression.md)."""
 _KINDS: tuple[Kind, ...] = ("channels", "heads", "experts", "layers")
 
 

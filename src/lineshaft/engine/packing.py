@@ -7,8 +7,8 @@ from itertools import chain
 
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.linear import Linear
-from lineshaft.model.mla import HeadWeights, MlaBlock
-from lineshaft.model.moe import OutputGate, Router
+from lineshaft.model.mla import MlaBlock
+from lineshaft.model.scorer import Scorer
 from lineshaft.ops.isa import library
 from lineshaft.ops.packed import Packed, PackedHeads, packed_of
 
@@ -24,7 +24,7 @@ def pack(model: Decoder) -> None:
             taken.add(module.kv_b_proj)
         elif isinstance(module, Linear) and module not in taken:
             module.pack(wide=module is model.lm_head)
-        elif isinstance(module, Router | OutputGate | HeadWeights):
+        elif isinstance(module, Scorer):
             module.pack()
     if model.lm_head is None and (found := packed_of(Linear(0, 0).format, {"weight": model.model.embed_tokens.weight}, wide=True)):
         head = Linear(0, 0)

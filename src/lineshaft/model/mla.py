@@ -17,9 +17,9 @@ from lineshaft.model.linear import Linear
 from lineshaft.model.norm import LayerNorm, RmsNorm
 from lineshaft.model.positions import Yarn
 from lineshaft.model.rope import Rotation
+from lineshaft.model.scorer import Scorer
 from lineshaft.model.units import Place, Units, rows
 from lineshaft.ops import table as ops
-from lineshaft.ops.packing import Shape, pack_dense
 from lineshaft.ops.reach import Reach
 
 # DeepSeek's published code leaves the norms inside attention at this, whatever the model's rms_norm_eps says.
@@ -123,15 +123,10 @@ class IndexerBlock(nn.Module):
         return ops.join(rotate(x_THD[..., : self.rope]), x_THD[..., self.rope :])
 
 
-class HeadWeights(nn.Module):
+class HeadWeights(Scorer):
     """How much each index head counts for a token; always in float32, and never compressed, since a choice hangs on it."""
 
     __call__: Callable[..., Tensor]
-
-    def __init__(self, hidden: int, heads: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(heads, hidden))
-        self.packed: tuple[Shape, Tensor] | None = None
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, hidden] to float32 [T, heads]."""
@@ -146,7 +141,6 @@ class HeadWeights(nn.Module):
         """Of every weight, so that scores do not grow with the number of heads."""
         return float(self.weight.shape[0] ** -0.5)
 
-    def pack(self) -> None:
-        """Lay the weight out for the native kernels, where they can take it, the factor in it."""
-        if self.packed is None:
-            self.packed = pack_dense(self.weight.detach().float() * self.factor)
+    def packable(self) -> Tensor:
+        """The factor in it."""
+        return super().packable() * self.factor

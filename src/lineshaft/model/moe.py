@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from lineshaft.model.config import MixtureOfExperts
 from lineshaft.model.ffn import FeedForward
 from lineshaft.model.junction import Junction, Port
+from lineshaft.model.scorer import Scorer
 from lineshaft.model.units import Place, Units
 from lineshaft.ops import table as ops
 from lineshaft.ops.experts import Feeds, Rule
 from lineshaft.ops.packed import Packed
-from lineshaft.ops.packing import Shape, pack_dense
 
 
-class Router(nn.Module):
+class Router(Scorer):
     """Chooses experts for each token and weights them."""
 
     __call__: Callable[..., tuple[Tensor, Tensor]]
@@ -30,12 +30,10 @@ class Router(nn.Module):
     load: Tensor
 
     def __init__(self, hidden: int, moe: MixtureOfExperts) -> None:
-        super().__init__()
+        super().__init__(hidden, moe.n_routed_experts)
         self.moe = moe
         groups = moe.n_group, moe.topk_group
         self.rule = Rule(moe.num_experts_per_tok, moe.scoring_func == "sigmoid", *groups, moe.norm_topk_prob, moe.routed_scaling_factor)
-        self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, hidden))
-        self.packed: tuple[Shape, Tensor] | None = None
         # Steers the choice only, never the weights; moved by `rebalance`, not by gradients.
         bias = torch.zeros(moe.n_routed_experts) if moe.scoring_func == "sigmoid" else None
         self.register_buffer("e_score_correction_bias", bias)
@@ -57,9 +55,8 @@ class Router(nn.Module):
         return ops.packed_linear(ops.widen(x_TI), self.packed[1], self.packed[0], None, False)
 
     def pack(self) -> None:
-        """Lay the weight out for the native kernels, where they can take it; training would not see it."""
-        if self.packed is None:
-            self.packed = pack_dense(self.weight.detach().float())
+        """See Scorer; the bias meets float32 then."""
+        super().pack()
         if self.packed is not None and self.e_score_correction_bias is not None:
             self.e_score_correction_bias = self.e_score_correction_bias.float()
 
@@ -129,7 +126,7 @@ class ExpertBlock(nn.Module):
 
     def readers(self, name: str) -> tuple[Port, ...]:
         """What reads the block's input: the router, the gates of outputs, every expert; `name` is the block's own below the model."""
-        scorers = tuple(Port(at) for at, part in self.named_modules(prefix=name) if isinstance(part, Router | OutputGate))
+        scorers = tuple(Port(at) for at, part in self.named_modules(prefix=name) if isinstance(part, Scorer))
         return scorers + tuple(port for at, feed in self._feed_forwards(name) for port in feed.readers(at))
 
     def junctions(self, name: str) -> list[Junction]:
@@ -153,15 +150,13 @@ class ExpertBlock(nn.Module):
         return ((at, part) for at, part in self.named_modules(prefix=name) if isinstance(part, FeedForward))
 
 
-class OutputGate(nn.Module):
+class OutputGate(Scorer):
     """One number a token that an expert's output is scaled by; never compressed, since it is a single row."""
 
     __call__: Callable[..., Tensor]
 
     def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, hidden))
-        self.packed: tuple[Shape, Tensor] | None = None
+        super().__init__(hidden, 1)
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """[T, hidden] to [T, 1]."""
@@ -169,9 +164,9 @@ class OutputGate(nn.Module):
             return ops.linear(x_TI, self.weight, None)
         return ops.packed_linear(x_TI, self.packed[1], self.packed[0], None, False)
 
-    def pack(self) -> None:
-        """Lay the weight out for the native kernels, where they can take it; training would not see it."""
-        self.packed = pack_dense(self.weight.detach())
+    def packable(self) -> Tensor:
+        """In its own dtype, as the product beside it."""
+        return self.weight.detach()
 
 
 class AddedExpert(nn.Module):

@@ -18,9 +18,8 @@ from lineshaft.engine.starts.weights import LINE, Bytes, Files, Region
 from lineshaft.model.decoder import Decoder
 from lineshaft.model.hf.names import to_file
 from lineshaft.model.linear import Linear
-from lineshaft.model.mla import HeadWeights
-from lineshaft.model.moe import OutputGate, Router
 from lineshaft.model.rope import speeds
+from lineshaft.model.scorer import Scorer
 from lineshaft.ops.formats import Dense
 from lineshaft.ops.packed import Packed
 from lineshaft.ops.packing import Shape
@@ -86,7 +85,7 @@ def weights_of(model: Decoder) -> Iterator[tuple[Tensor, str, Shape | None]]:
     for name, module in model.named_modules():
         if isinstance(module, Linear) and isinstance(module.format, Packed) and isinstance(module.format.origin, Dense):
             yield module.tensors()["packed"], f"{name}.weight", module.format.shape
-        elif isinstance(module, Router | OutputGate | HeadWeights) and module.packed is not None:
+        elif isinstance(module, Scorer) and module.packed is not None:
             yield module.packed[1], f"{name}.weight", module.packed[0]
         for own, tensor in chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
             yield tensor.detach(), f"{name}.{own}", None
